@@ -38,7 +38,8 @@ const sent = [];
 const { fetch } = globalThis;
 globalThis.fetch = (path, options) => {
   if (options.body) sent.push(JSON.parse(options.body));
-  return fetch(`${url}/${path}`, options);
+  // no connection is kept: node, unlike a browser, does not ask again when the server has just closed an idle one
+  return fetch(`${url}/${path}`, { ...options, headers: { ...options.headers, connection: "close" } });
 };
 
 const until = async (what) => {
