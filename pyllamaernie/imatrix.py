@@ -2,7 +2,8 @@
 
 The file has the format of upstream's llama-imatrix and feeds `llama-quantize --imatrix`; for a text its numbers are
 that program's. Pictures go through the chat template and the projector, so that the experts for vision get statistics
-too: a text never reaches them. Source: llama.cpp tools/imatrix/imatrix.cpp at the pin (chunks, keys, tensor names).
+too: a text never reaches them. What each expert adds to the output is stored beside, for `prune`; upstream's programs
+skip it. Source: llama.cpp tools/imatrix/imatrix.cpp at the pin (chunks, keys, tensor names).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,29 @@ logger = logging.getLogger("pyllamaernie.quant")
 CHUNK = 512
 N_CTX_PICTURES = 8192  # the longest prompt with pictures
 
+# Sums over the tokens of each expert, stored as NAME.experts.KEY with NAME the down projection's. g is the weight that
+# the token gave to the expert, after all normalisation; y is the expert's output before it. Shapes: (n_expert,)
+EXPERT_SUMS = {
+    "gate": "sum of g",
+    "gate2": "sum of g^2",
+    "gate_out": "sum of g |y|",
+    "gate2_out2": "sum of g^2 |y|^2",
+    "out_max": "largest |y|",
+    "prob": "sum of the router's probability over all tokens of the layer, chosen or not",
+}
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over the inputs of one weight matrix. Shapes: sums (n_mat, n_cols) float32, counts (n_mat or 1,) int64."""
+    """Sums over the inputs of one weight matrix. Shapes: sums (n_mat, n_cols) float32, counts (n_mat or 1,) int64.
+
+    `experts`: for the down projection of experts EXPERT_SUMS, each (n_expert,) float64.
+    """
 
     name: str
     sums: np.ndarray
     counts: np.ndarray
+    experts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def unused(self) -> list[int]:
@@ -68,13 +84,14 @@ def compute_imatrix(
     n_threads: int | None = None,
     rpc_servers: str | Sequence[str] | None = None,
     process_output: bool = False,
+    experts: bool = True,
     overwrite: bool = False,
     progress: bool = False,
 ) -> ImatrixResult:
     """Run a text file in chunks of `chunk` tokens and pictures with their questions, and write an importance matrix.
 
     `model` None is the embedded one. `pictures` holds (picture, question) pairs; a picture is what `Image.of` takes.
-    The output appears only when it is whole.
+    `experts` False leaves out what only `prune` needs. The output appears only when it is whole.
     Raises: InputError, MediaError, the load errors of `Llama`, PyllamaernieError for inputs that are not finite.
     """
     from pyllamaernie.llama import Llama
@@ -96,7 +113,7 @@ def compute_imatrix(
                 f"{llm.model_path} has no projector, so it takes no pictures; give its mmproj file"
             )
         chunks = [] if words is None else _chunks(llm, words, chunk, n_chunks)
-        entries = _collect(llm, chunks, prompts, chunk, process_output, progress)
+        entries = _collect(llm, chunks, prompts, chunk, process_output, experts, progress)
         _write(output, entries, [str(text)] * (text is not None) + ["pictures"] * bool(prompts), chunk)
         missing = _missing(llm, entries)
     return ImatrixResult(output, len(chunks), len(prompts), tuple(entries), tuple(missing))
@@ -119,6 +136,7 @@ def _collect(
     prompts: Sequence[tuple[Any, str]],
     size: int,
     process_output: bool,
+    experts: bool,
     progress: bool,
 ) -> list[Statistics]:
     import numpy as np
@@ -129,7 +147,7 @@ def _collect(
 
     n_threads = llm._scorer_options["n_threads"] or n_cpu()
     n_ctx = max(size, min(N_CTX_PICTURES, int(llm._info["n_ctx_train"]))) if prompts else size
-    session = _core.ImatrixSession(llm._engine, n_ctx, min(size, CHUNK), n_threads, process_output)
+    session = _core.ImatrixSession(llm._engine, n_ctx, min(size, CHUNK), n_threads, process_output, experts)
     try:
         if prompts:
             marker = llm._props["media_marker"]
@@ -142,7 +160,8 @@ def _collect(
                 content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
                 session.add_prompt(llm.apply_template([{"role": "user", "content": content}]), [picture.rgb])
                 bar.update()
-        return [Statistics(*entry) for entry in session.statistics()]
+        added = session.expert_statistics()
+        return [Statistics(*entry, added.get(entry[0], {})) for entry in session.statistics()]
     except ValueError as error:
         raise InputError(str(error)) from None
     except RuntimeError as error:
@@ -163,7 +182,8 @@ def _missing(llm: Llama, entries: Iterable[Statistics]) -> list[str]:
 
 
 def _write(path: Path, entries: Sequence[Statistics], datasets: list[str], size: int) -> None:
-    """Upstream's layout: for each matrix `NAME.in_sum2` and `NAME.counts`. Written beside and renamed."""
+    """Upstream's layout: for each matrix `NAME.in_sum2` and `NAME.counts`; then our `NAME.experts.KEY`, which upstream's
+    loader skips. Written beside and renamed."""
     import numpy as np
 
     from pyllamaernie._upstream import Key, OutTensor, TensorType, write_gguf
@@ -178,8 +198,9 @@ def _write(path: Path, entries: Sequence[Statistics], datasets: list[str], size:
     tensors = []
     for entry in entries:
         counts = entry.counts.astype(np.float32).reshape(-1, 1)
-        for suffix, data in (("in_sum2", entry.sums), ("counts", counts)):
-            data = data[0] if len(data) == 1 else data  # ggml drops a last dimension of one
+        parts = {f"experts.{key}": sums.astype(np.float32) for key, sums in sorted(entry.experts.items())}
+        for suffix, data in {"in_sum2": entry.sums, "counts": counts, **parts}.items():
+            data = data[0] if data.ndim > 1 and len(data) == 1 else data  # ggml drops a last dimension of one
             tensors.append(
                 OutTensor(f"{entry.name}.{suffix}", data.shape, TensorType.F32, lambda data=data: iter((data,)))
             )
@@ -199,6 +220,7 @@ EPILOG = """examples:
 A text uses the experts for text only. The experts for vision are measured on pictures, each asked about through the
 chat template; a few hundred pictures of the kind that the model will see reach most of them. Experts that nothing
 reached are named at the end: quantization treats their columns as equally important.
+The file also says how much each expert adds to the output, which `pyllamaernie prune` reads and quantization skips.
 exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory, 130 interrupted"""
 
 

@@ -1,16 +1,14 @@
-// Imatrix: a context on an engine's weights that sums the squared inputs of every weight matrix, for text and pictures.
+// Imatrix: a context on an engine's weights that sums the squared inputs of every weight matrix, for text and pictures,
+// and for each expert what it adds to the output.
 //
 // What counts, and how, follows upstream's collector, so that a text gives its numbers: dense matrices of the layers in
 // batches of 16 rows or more, expert matrices always, one count per expert. Sums are kept in double precision.
-// Source: llama.cpp tools/imatrix/imatrix.cpp at the pin.
+// Source: llama.cpp tools/imatrix/imatrix.cpp at the pin; node names from llama_graph's build_moe_ffn.
 
 #include "bindings.h"
 
 #include "ggml.h"
 #include "ggml-backend.h"
-#include "llama-cpp.h"
-#include "mtmd-helper.h"
-#include "mtmd.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -36,10 +34,20 @@ struct matrix_sums {
     std::vector<int64_t> counts;   // one for a dense matrix, one per expert
 };
 
-class imatrix_session {
+// Sums over the tokens of an expert. g: its final weight; y: its output before that; all indexed by expert.
+struct expert_sums {
+    std::vector<double> gate;        // g
+    std::vector<double> gate2;       // g^2
+    std::vector<double> gate_out;    // g |y|
+    std::vector<double> gate2_out2;  // g^2 |y|^2
+    std::vector<double> out_max;     // largest |y|
+    std::vector<double> prob;        // of the router, over all tokens; has the length of the router
+};
+
+class imatrix_session : public context_session {
 public:
-    imatrix_session(std::shared_ptr<loaded_model> core_, int n_ctx, int n_batch, int n_threads, bool process_output)
-            : core(std::move(core_)), process_output(process_output) {
+    imatrix_session(std::shared_ptr<loaded_model> core, int n_ctx, int n_batch, int n_threads, bool process_output, bool experts)
+            : context_session(std::move(core)), process_output(process_output), with_experts(experts) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx             = (uint32_t) n_ctx;
         params.n_batch           = (uint32_t) n_batch;
@@ -49,43 +57,15 @@ public:
         params.n_seq_max         = 1;
         params.cb_eval           = on_node;
         params.cb_eval_user_data = this;
-
-        core->session_opened();
-        {
-            py::gil_scoped_release release;
-            ctx.reset(llama_init_from_model(core->model, params));
-        }
-        if (!ctx) {
-            core->session_closed();
-            throw std::runtime_error("the context could not be created");
-        }
-    }
-
-    ~imatrix_session() {
-        close();
-    }
-
-    void close() {
-        if (ctx) {
-            mctx.reset();
-            ctx.reset();
-            core->session_closed();
-        }
+        open(params);
     }
 
     void load_projector(const std::string & path, const std::string & marker, int n_threads, bool use_gpu) {
-        require_open();
         mtmd_context_params params = mtmd_context_params_default();
-        params.use_gpu       = use_gpu;
-        params.print_timings = false;
-        params.media_marker  = marker.c_str();
-        params.n_threads     = n_threads;
-        params.warmup        = false;
-        py::gil_scoped_release release;
-        mctx.reset(mtmd_init_from_file(path.c_str(), llama_get_model(ctx.get()), params));
-        if (!mctx) {
-            throw std::runtime_error("the projector could not be loaded");
-        }
+        params.use_gpu      = use_gpu;
+        params.media_marker = marker.c_str();
+        params.n_threads    = n_threads;
+        open_projector(path, params);
     }
 
     // Shapes: (n,) int32
@@ -95,15 +75,12 @@ public:
         const int32_t n = (int32_t) tokens.size();
         py::gil_scoped_release release;
         llama_memory_clear(llama_get_memory(ctx.get()), true);
-        decode_text(ids, n, 0);
+        decode_text(ids, n, 0, [](int32_t, int32_t) {});
     }
 
     // A rendered prompt with one marker per picture. Returns its tokens. Shapes: pictures (height, width, 3) uint8
     int32_t add_prompt(const std::string & prompt, const std::vector<array_in<uint8_t>> & pictures) {
-        require_open();
-        if (!mctx) {
-            throw std::runtime_error("this session has no projector");
-        }
+        require_projector();
         std::vector<mtmd::bitmap> bitmaps;
         for (const auto & rgb : pictures) {
             if (rgb.ndim() != 3 || rgb.shape(2) != 3) {
@@ -134,9 +111,12 @@ public:
             if (mtmd_input_chunk_get_type(chunk) == MTMD_INPUT_CHUNK_TYPE_TEXT) {
                 size_t n = 0;
                 const llama_token * ids = mtmd_input_chunk_get_tokens_text(chunk, &n);
-                decode_text(ids, (int32_t) n, pos);
+                decode_text(ids, (int32_t) n, pos, [](int32_t, int32_t) {});
             } else {
-                decode_media(chunk, pos);
+                if (mtmd_encode_chunk(mctx.get(), chunk) != 0) {
+                    throw std::runtime_error("a picture could not be encoded");
+                }
+                decode_media(chunk, mtmd_get_output_embd(mctx.get()), pos, [](int32_t, int32_t) {});
             }
             pos += mtmd_input_chunk_get_n_pos(chunk);
         }
@@ -156,7 +136,32 @@ public:
         return res;
     }
 
+    // {down projection: {statistic: (n_expert,) float64}}; the probabilities have the length of the router
+    py::dict expert_statistics() const {
+        py::dict res;
+        for (const auto & entry : experts) {
+            const expert_sums & e = entry.second;
+            py::dict row;
+            const std::pair<const char *, const std::vector<double> *> parts[] = {
+                { "gate", &e.gate }, { "gate2", &e.gate2 }, { "gate_out", &e.gate_out },
+                { "gate2_out2", &e.gate2_out2 }, { "out_max", &e.out_max }, { "prob", &e.prob },
+            };
+            for (const auto & part : parts) {
+                if (!part.second->empty()) {
+                    row[part.first] = py::array_t<double>((py::ssize_t) part.second->size(), part.second->data());
+                }
+            }
+            res[py::str(entry.first)] = row;
+        }
+        return res;
+    }
+
 private:
+    static bool is_named(const ggml_tensor * t, const char * stem) {
+        const size_t n = strlen(stem);
+        return strncmp(t->name, stem, n) == 0 && t->name[n] == '-';
+    }
+
     // The scheduler offers every node, also those of a branch that is not computed.
     bool wants(const ggml_tensor * t) const {
         if (!(t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
@@ -164,6 +169,9 @@ private:
         }
         if (t->op == GGML_OP_MUL_MAT_ID) {
             return t->src[1]->type == GGML_TYPE_F32;
+        }
+        if (with_experts && t->type == GGML_TYPE_F32 && (is_probs(t) || is_weighted(t))) {
+            return true;
         }
         if (t->op != GGML_OP_MUL_MAT || t->src[1]->ne[1] < n_rows_min || t->src[1]->type != GGML_TYPE_F32) {
             return false;
@@ -181,6 +189,22 @@ private:
         }
         const size_t end = name.find('#', begin + 1);
         return name.substr(begin + 1, end == std::string::npos ? end : end - begin - 1);
+    }
+
+    static bool is_probs(const ggml_tensor * t) {
+        return (t->op == GGML_OP_SOFT_MAX || t->op == GGML_OP_UNARY) && is_named(t, "ffn_moe_probs");
+    }
+
+    static bool is_weighted(const ggml_tensor * t) {
+        return t->op == GGML_OP_MUL && is_named(t, "ffn_moe_weighted");
+    }
+
+    // The weight of the first matrix product that t comes from.
+    static std::string source_weight(const ggml_tensor * t) {
+        while (t && t->op != GGML_OP_MUL_MAT && t->op != GGML_OP_MUL_MAT_ID) {
+            t = t->src[0];
+        }
+        return t ? weight_name(t) : "";
     }
 
     static bool on_node(ggml_tensor * t, bool ask, void * user_data) {
@@ -235,7 +259,75 @@ private:
         }
     }
 
+    static float value_at(const char * data, const ggml_tensor * t, int64_t i0, int64_t i1, int64_t i2) {
+        float res;
+        memcpy(&res, data + i0*t->nb[0] + i1*t->nb[1] + i2*t->nb[2], sizeof(res));
+        return res;
+    }
+
+    // The router's probabilities, before a bias is added for the choice. Shapes: (n_tokens, n_expert)
+    void collect_probs(const ggml_tensor * t) {
+        std::string name = source_weight(t);
+        const size_t at = name.find("ffn_gate_inp");
+        if (at == std::string::npos) {
+            return;
+        }
+        const bool is_vl = name.compare(at, 15, "ffn_gate_inp_vl") == 0;
+        expert_sums & e = experts[name.substr(0, at) + (is_vl ? "ffn_down_exps_vl.weight" : "ffn_down_exps.weight")];
+        const int64_t n_expert = t->ne[0];
+        e.prob.resize((size_t) n_expert, 0.0);
+        const char * data = host_data(t, src1_copy);
+        for (int64_t row = 0; row < t->ne[1]; row++) {
+            for (int64_t i = 0; i < n_expert; i++) {
+                e.prob[(size_t) i] += value_at(data, t, i, row, 0);
+            }
+        }
+    }
+
+    // t = y * g. The product may lie where y was, so |y| is taken from the product. Shapes: t (n_tokens, n_used, n_embd),
+    // g (n_tokens, n_used, 1)
+    void collect_weighted(const ggml_tensor * t) {
+        if (down_ids.empty() || source_weight(t) != down_name || t->ne[1] * t->ne[2] != (int64_t) down_ids.size()) {
+            down_ids.clear();
+            return;
+        }
+        const ggml_tensor * gate = t->src[1];
+        expert_sums & e = experts[down_name];
+        for (auto * part : { &e.gate, &e.gate2, &e.gate_out, &e.gate2_out2, &e.out_max }) {
+            part->resize((size_t) n_down, 0.0);
+        }
+        const char * data = host_data(t, src1_copy);
+        const char * gate_data = host_data(gate, ids_copy);
+        for (int64_t row = 0; row < t->ne[2]; row++) {
+            for (int64_t i = 0; i < t->ne[1]; i++) {
+                const size_t expert = (size_t) down_ids[(size_t) (row*t->ne[1] + i)];
+                const double g = value_at(gate_data, gate, 0, i, row);
+                double out2 = 0.0;   // of the product
+                for (int64_t j = 0; j < t->ne[0]; j++) {
+                    const double x = value_at(data, t, j, i, row);
+                    out2 += x * x;
+                }
+                if (!std::isfinite(out2)) {
+                    throw std::runtime_error("the outputs of " + down_name + " are not finite");
+                }
+                const double out = std::sqrt(out2);
+                e.gate[expert]       += g;
+                e.gate2[expert]      += g * g;
+                e.gate_out[expert]   += out;
+                e.gate2_out2[expert] += out2;
+                e.out_max[expert] = std::max(e.out_max[expert], g != 0.0 ? out / std::fabs(g) : 0.0);
+            }
+        }
+        down_ids.clear();
+    }
+
     void collect(const ggml_tensor * t) {
+        if (t->op == GGML_OP_MUL) {
+            return collect_weighted(t);
+        }
+        if (t->op != GGML_OP_MUL_MAT && t->op != GGML_OP_MUL_MAT_ID) {
+            return collect_probs(t);
+        }
         const ggml_tensor * src0 = t->src[0];
         const ggml_tensor * src1 = t->src[1];
         const char * data = host_data(src1, src1_copy);
@@ -246,12 +338,22 @@ private:
             const int64_t n_expert = src0->ne[2];
             const char * ids_data = host_data(ids, ids_copy);
             matrix_sums & e = entry_of(t, n_expert, n_expert);
+            // kept for the weighted outputs: by then the ids' memory may be taken
+            const bool is_down = with_experts && weight_name(t).find("ffn_down_exps") != std::string::npos;
+            if (is_down) {
+                down_name = weight_name(t);
+                n_down    = n_expert;
+                down_ids.clear();
+            }
             for (int64_t row = 0; row < ids->ne[1]; row++) {
                 for (int64_t i = 0; i < ids->ne[0]; i++) {
                     int32_t expert;
                     memcpy(&expert, ids_data + row*ids->nb[1] + i*ids->nb[0], sizeof(expert));
                     if (expert < 0 || expert >= n_expert) {
                         throw std::runtime_error(weight_name(t) + ": expert id " + std::to_string(expert) + " is out of range");
+                    }
+                    if (is_down) {
+                        down_ids.push_back(expert);
                     }
                     e.counts[(size_t) expert]++;
                     add_row(e.values.data() + expert*n_cols, data + row*src1->nb[2] + (i % src1->ne[1])*src1->nb[1], n_cols);
@@ -275,92 +377,27 @@ private:
         require_finite(t, e.values.data(), n_cols*n_mat);
     }
 
-    void decode_text(const llama_token * ids, int32_t n, llama_pos pos_0) {
-        decode(n, [=](llama_batch_ext * batch, int32_t i) {
-            const int32_t idx = llama_batch_ext_add_token(batch, 0, ids[i]);
-            const llama_pos pos = pos_0 + i;
-            llama_batch_ext_set_pos(batch, idx, &pos);
-            return idx;
-        });
-    }
-
-    void decode_media(const mtmd_input_chunk * chunk, llama_pos pos_0) {
-        if (mtmd_decode_use_non_causal(mctx.get(), chunk)) {
-            throw std::runtime_error("this projector needs non-causal attention, which is not offered here");
-        }
-        if (mtmd_encode_chunk(mctx.get(), chunk) != 0) {
-            throw std::runtime_error("a picture could not be encoded");
-        }
-        const size_t n_embd   = (size_t) llama_model_n_embd_inp(llama_get_model(ctx.get()));
-        const size_t n_tokens = mtmd_input_chunk_get_n_tokens(chunk);
-        std::vector<mtmd_decoder_pos> rel(n_tokens);
-        const bool mrope = mtmd_decode_use_mrope(mctx.get());
-        if (mrope) {
-            mtmd_helper_image_get_decoder_pos(mtmd_input_chunk_get_tokens_image(chunk), pos_0, rel.data());
-        }
-        const float * rows = mtmd_get_output_embd(mctx.get());
-        decode((int32_t) n_tokens, [&](llama_batch_ext * batch, int32_t i) {
-            const llama_embd row = { rows + (size_t) i * n_embd, 1, n_embd };
-            const int32_t idx = llama_batch_ext_add_embd(batch, 0, row);
-            llama_pos pos[4] = { pos_0 + i, 0, 0, 0 };   // t, y, x, z
-            if (mrope) {
-                pos[0] = (llama_pos) rel[(size_t) i].t;
-                pos[1] = (llama_pos) rel[(size_t) i].y;
-                pos[2] = (llama_pos) rel[(size_t) i].x;
-                pos[3] = (llama_pos) rel[(size_t) i].z;
-            }
-            llama_batch_ext_set_pos(batch, idx, pos);
-            return idx;
-        });
-    }
-
-    template <typename F> void decode(int32_t n, F && add_row_to) {
-        llama_batch_ext_ptr batch(llama_batch_ext_init(ctx.get()));
-        const int32_t n_batch = (int32_t) llama_n_batch(ctx.get());
-        for (int32_t i0 = 0; i0 < n; i0 += n_batch) {
-            llama_batch_ext_clear(batch.get());
-            for (int32_t i = i0; i < std::min(n, i0 + n_batch); i++) {
-                const int32_t idx = add_row_to(batch.get(), i);
-                if (idx < 0) {
-                    throw std::runtime_error("a row could not be added to the batch, code " + std::to_string(idx));
-                }
-                llama_batch_ext_set_output_logits(batch.get(), idx, true);   // else the last layer leaves the row out
-            }
-            const int32_t code = llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch.get());
-            llama_synchronize(ctx.get());
-            if (!failure.empty()) {
-                throw std::runtime_error(failure);
-            }
-            if (code != 0) {
-                throw std::runtime_error("decode failed with code " + std::to_string(code));
-            }
-        }
-    }
-
-    void require_open() const {
-        if (!ctx) {
-            throw std::runtime_error("the session is closed");
-        }
-    }
-
-    std::shared_ptr<loaded_model>      core;
     bool                               process_output;
+    bool                               with_experts;
     std::map<std::string, matrix_sums> sums;
+    std::map<std::string, expert_sums> experts;    // by the name of the down projection
+    std::string                        down_name;  // the down projection that ran last, its experts, and their number
+    std::vector<int32_t>               down_ids;
+    int64_t                            n_down = 0;
     std::vector<char>                  src1_copy;
     std::vector<char>                  ids_copy;
-    std::string                        failure;
-    llama_context_ptr                  ctx;
-    mtmd::context_ptr                  mctx;
 };
 
 void register_imatrix(py::module_ & m) {
     py::class_<imatrix_session>(m, "ImatrixSession")
-        .def(py::init<std::shared_ptr<loaded_model>, int, int, int, bool>(),
-            py::arg("engine"), py::arg("n_ctx"), py::arg("n_batch"), py::arg("n_threads"), py::arg("process_output"))
+        .def(py::init<std::shared_ptr<loaded_model>, int, int, int, bool, bool>(),
+            py::arg("engine"), py::arg("n_ctx"), py::arg("n_batch"), py::arg("n_threads"), py::arg("process_output"),
+            py::arg("experts"))
         .def("close",          &imatrix_session::close)
         .def("load_projector", &imatrix_session::load_projector,
             py::arg("path"), py::arg("marker"), py::arg("n_threads"), py::arg("use_gpu"))
         .def("add_tokens",     &imatrix_session::add_tokens, py::arg("tokens"))
         .def("add_prompt",     &imatrix_session::add_prompt, py::arg("prompt"), py::arg("pictures"))
-        .def("statistics",     &imatrix_session::statistics);
+        .def("statistics",     &imatrix_session::statistics)
+        .def("expert_statistics", &imatrix_session::expert_statistics);
 }

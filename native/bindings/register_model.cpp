@@ -7,9 +7,6 @@
 #include "../src/llama-ext.h"   // llama_get_memory_breakdown, found through the include path of `common`
 #include "ggml.h"
 #include "ggml-backend.h"
-#include "llama-cpp.h"
-#include "mtmd-helper.h"
-#include "mtmd.h"
 #include "pyllamaernie-video.h"
 
 #include <pybind11/numpy.h>
@@ -126,10 +123,10 @@ static py::array_t<float> media_pixels(const media_chunk & media) {
     return res;
 }
 
-class session {
+class session : public context_session {
 public:
-    session(std::shared_ptr<loaded_model> core_, const py::kwargs & options)
-            : core(std::move(core_)) {
+    session(std::shared_ptr<loaded_model> core, const py::kwargs & options)
+            : context_session(std::move(core)) {
         llama_context_params params = llama_context_default_params();
         params.n_ctx           = options["n_ctx"].cast<uint32_t>();
         params.n_batch         = options["n_batch"].cast<uint32_t>();
@@ -141,48 +138,19 @@ public:
         flash_attn             = (llama_flash_attn_type) options["flash_attn"].cast<int>();
         params.flash_attn_type = flash_attn;
         params.n_seq_max       = 1;
-        trace                  = options["trace"].cast<bool>();
-        if (trace) {
+        if (options["trace"].cast<bool>()) {
             params.cb_eval           = on_node;
             params.cb_eval_user_data = this;
         }
-
-        core->session_opened();
-        {
-            py::gil_scoped_release release;
-            ctx.reset(llama_init_from_model(core->model, params));
-        }
-        if (!ctx) {
-            core->session_closed();
-            throw std::runtime_error("the context could not be created");
-        }
-    }
-
-    ~session() {
-        close();
-    }
-
-    void close() {
-        if (ctx) {
-            mctx.reset();
-            ctx.reset();
-            core->session_closed();
-        }
+        open(params);
     }
 
     void load_projector(const std::string & path, int n_threads, bool use_gpu) {
-        require_open();
         mtmd_context_params params = mtmd_context_params_default();
-        params.use_gpu       = use_gpu;
-        params.print_timings   = false;
+        params.use_gpu         = use_gpu;
         params.flash_attn_type = flash_attn;
-        params.n_threads     = n_threads;
-        params.warmup        = false;
-        py::gil_scoped_release release;
-        mctx.reset(mtmd_init_from_file(path.c_str(), llama_get_model(ctx.get()), params));
-        if (!mctx) {
-            throw std::runtime_error("the projector could not be loaded");
-        }
+        params.n_threads       = n_threads;
+        open_projector(path, params);
     }
 
     // Shapes: (height, width, 3) uint8
@@ -220,15 +188,14 @@ public:
     // Shapes: -> (n_tokens, n_embd) float32
     py::array_t<float> encode(const media_chunk & media) {
         require_projector();
-        const size_t n_embd = (size_t) llama_model_n_embd_inp(llama_get_model(ctx.get()));
-        py::array_t<float> res({ (size_t) media.n_tokens, n_embd });
+        py::array_t<float> res({ (size_t) media.n_tokens, n_embd() });
         float * dst = res.mutable_data();
         {
             py::gil_scoped_release release;
             if (mtmd_encode_chunk(mctx.get(), media.chunk.get()) != 0) {
                 throw std::runtime_error("the picture or video could not be encoded");
             }
-            memcpy(dst, mtmd_get_output_embd(mctx.get()), n_embd * (size_t) media.n_tokens * sizeof(float));
+            memcpy(dst, mtmd_get_output_embd(mctx.get()), n_embd() * (size_t) media.n_tokens * sizeof(float));
         }
         return res;
     }
@@ -242,45 +209,20 @@ public:
                 throw std::invalid_argument("token id " + std::to_string(ids[i]) + " is not in the vocabulary");
             }
         }
-        return decode((int32_t) tokens.size(), [=](llama_batch_ext * batch, int32_t i) {
-            const int32_t idx = llama_batch_ext_add_token(batch, 0, ids[i]);
-            const llama_pos pos = pos_0 + i;
-            llama_batch_ext_set_pos(batch, idx, &pos);
-            return idx;
+        return logits_of((int32_t) tokens.size(), [&](auto && done) {
+            decode_text(ids, (int32_t) tokens.size(), pos_0, done);
         });
     }
 
     // Shapes: (n_tokens, n_embd) float32 -> (n_tokens, n_vocab) float32
-    py::array_t<float> decode_media(const media_chunk & media, const array_in<float> & embd, llama_pos pos_0) {
+    py::array_t<float> decode_rows(const media_chunk & media, const array_in<float> & embd, llama_pos pos_0) {
         require_projector();
-        const size_t n_embd = (size_t) llama_model_n_embd_inp(llama_get_model(ctx.get()));
-        if (embd.ndim() != 2 || embd.shape(0) != media.n_tokens || (size_t) embd.shape(1) != n_embd) {
+        if (embd.ndim() != 2 || embd.shape(0) != media.n_tokens || (size_t) embd.shape(1) != n_embd()) {
             throw std::invalid_argument("the embeddings do not have the shape of the chunk");
         }
-        std::vector<llama_pos> pos((size_t) media.n_tokens * 4, 0);   // t, y, x, z of each row
-        if (mtmd_decode_use_mrope(mctx.get())) {
-            std::vector<mtmd_decoder_pos> rel((size_t) media.n_tokens);
-            mtmd_helper_image_get_decoder_pos(mtmd_input_chunk_get_tokens_image(media.chunk.get()), pos_0, rel.data());
-            for (size_t i = 0; i < rel.size(); i++) {
-                pos[4*i + 0] = (llama_pos) rel[i].t;
-                pos[4*i + 1] = (llama_pos) rel[i].y;
-                pos[4*i + 2] = (llama_pos) rel[i].x;
-                pos[4*i + 3] = (llama_pos) rel[i].z;
-            }
-        } else {
-            for (size_t i = 0; i < (size_t) media.n_tokens; i++) {
-                pos[4*i] = pos_0 + (llama_pos) i;
-            }
-        }
-        if (mtmd_decode_use_non_causal(mctx.get(), media.chunk.get())) {
-            throw std::runtime_error("this projector needs non-causal attention, which logits() does not offer");
-        }
         const float * rows = embd.data();
-        return decode(media.n_tokens, [&](llama_batch_ext * batch, int32_t i) {
-            const llama_embd row = { rows + (size_t) i * n_embd, 1, n_embd };
-            const int32_t idx = llama_batch_ext_add_embd(batch, 0, row);
-            llama_batch_ext_set_pos(batch, idx, &pos[4 * (size_t) i]);
-            return idx;
+        return logits_of(media.n_tokens, [&](auto && done) {
+            decode_media(media.chunk.get(), rows, pos_0, done);
         });
     }
 
@@ -347,29 +289,15 @@ private:
         throw std::runtime_error("the projector made no media chunk");
     }
 
-    template <typename F> py::array_t<float> decode(int32_t n, F && add_row) {
+    // run(done) decodes n rows
+    template <typename F> py::array_t<float> logits_of(int32_t n, F && run) {
         const size_t width = (size_t) n_vocab();
         py::array_t<float> res({ (size_t) n, width });
         float * dst = res.mutable_data();
         last_nodes.clear();
 
         py::gil_scoped_release release;
-        llama_batch_ext_ptr batch(llama_batch_ext_init(ctx.get()));
-        const int32_t n_batch = (int32_t) llama_n_batch(ctx.get());
-        for (int32_t i0 = 0; i0 < n; i0 += n_batch) {
-            const int32_t i1 = std::min(n, i0 + n_batch);
-            llama_batch_ext_clear(batch.get());
-            for (int32_t i = i0; i < i1; i++) {
-                const int32_t idx = add_row(batch.get(), i);
-                if (idx < 0) {
-                    throw std::runtime_error("a row could not be added to the batch, code " + std::to_string(idx));
-                }
-                llama_batch_ext_set_output_logits(batch.get(), idx, true);
-            }
-            const int32_t code = llama_process(ctx.get(), LLAMA_PROCESS_TYPE_DECODE, batch.get());
-            if (code != 0) {
-                throw std::runtime_error("decode failed with code " + std::to_string(code));
-            }
+        run([&](int32_t i0, int32_t i1) {
             for (int32_t i = i0; i < i1; i++) {
                 const float * row = llama_get_logits_ith(ctx.get(), i - i0);
                 if (row == nullptr) {
@@ -377,27 +305,9 @@ private:
                 }
                 memcpy(dst + (size_t) i * width, row, width * sizeof(float));
             }
-        }
+        });
         return res;
     }
-
-    void require_open() const {
-        if (!ctx) {
-            throw std::runtime_error("the session is closed");
-        }
-    }
-
-    void require_projector() const {
-        require_open();
-        if (!mctx) {
-            throw std::runtime_error("this session has no projector");
-        }
-    }
-
-    std::shared_ptr<loaded_model> core;
-    llama_context_ptr            ctx;
-    mtmd::context_ptr            mctx;
-    bool                         trace = false;
 };
 
 void register_model(py::module_ & m) {
@@ -419,7 +329,7 @@ void register_model(py::module_ & m) {
         .def("tokenize_video", &session::tokenize_video, py::arg("rgb"))
         .def("encode",         &session::encode,         py::arg("chunk"))
         .def("decode_tokens",  &session::decode_tokens,  py::arg("tokens"), py::arg("pos"))
-        .def("decode_media",   &session::decode_media,   py::arg("chunk"), py::arg("embd"), py::arg("pos"))
+        .def("decode_media",   &session::decode_rows,    py::arg("chunk"), py::arg("embd"), py::arg("pos"))
         .def("clear",          &session::clear)
         .def_property_readonly("n_ctx",                &session::n_ctx)
         .def_property_readonly("compute_buffer_bytes", &session::compute_buffer_bytes)
