@@ -9,5 +9,6 @@ PYBIND11_MODULE(_core, m) {
     register_engine(m);
     register_model(m);
     register_imatrix(m);
+    register_quant(m);
     register_rpc(m);
 }
