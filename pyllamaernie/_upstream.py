@@ -6,6 +6,7 @@ Not a model of GGUF: whatever a converter wants to say is passed through as (key
 from __future__ import annotations
 
 import enum
+import io
 import logging
 import math
 import types
@@ -283,3 +284,39 @@ def dequantize(data: np.ndarray, tensor_type: TensorType) -> np.ndarray:
 def size_label(n_total: int, n_shared: int, n_per_expert: int, n_expert: int) -> str:
     """What `general.size_label` says about parameters: in all, outside of the experts, in one expert of all layers."""
     return gguf.size_label(n_total, n_shared, n_per_expert, n_expert)
+
+
+def gguf_header(
+    arch: str, keys: Sequence[Key], tensors: Sequence[tuple[str, tuple[int, ...], TensorType, int]]
+) -> tuple[bytes, list[int]]:
+    """The head of a GGUF file, and where in the file each tensor's bytes go; tensors are (name, shape, type, bytes).
+
+    The head ends where the first tensor begins. Shapes are in numpy order.
+    """
+    writer = gguf.GGUFWriter(path=None, arch=arch)
+    for key in keys:
+        _KINDS[key.kind](writer, key.name, key.value)
+    for name, shape, tensor_type, n_bytes in tensors:
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=tensor_type)
+    out = io.BytesIO()
+    writer.fout, writer.state = [out], gguf.gguf_writer.WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    out.write(bytes(-out.tell() % _ALIGNMENT))
+    offsets, at = [], out.tell()
+    for _, _, _, n_bytes in tensors:
+        offsets.append(at)
+        at += -(-n_bytes // _ALIGNMENT) * _ALIGNMENT
+    return out.getvalue(), offsets
+
+
+def file_type(name: str) -> int | None:
+    """The number in `general.file_type` of a preset (Q4_K_M) or of a file mostly in one type (Q4_K); None: no such.
+
+    Source: for types, the guess in llama.cpp src/llama-model-loader.cpp at the pin.
+    """
+    odd = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
+    by_type = {f"Q{n}_K": f"MOSTLY_Q{n}_K_M" for n in (3, 4, 5)}
+    found = gguf.LlamaFileType.__members__.get({**odd, **by_type}.get(name, f"MOSTLY_{name}"))
+    return None if found is None else int(found)
