@@ -98,6 +98,11 @@ def quantize(
 
 def dequantize(type: int, data: npt.NDArray[np.uint8], n_cols: int) -> npt.NDArray[np.float32]: ...
 def validate(type: int, data: npt.NDArray[np.uint8]) -> bool: ...
+def tensor_data(engine: LoadedModel, name: str) -> npt.NDArray[np.uint8]:
+    """A tensor of the loaded model, in its own type. Raises ValueError when it is mapped or repacked."""
+
+def set_tensor_data(engine: LoadedModel, name: str, data: npt.NDArray[np.uint8]) -> None: ...
+
 
 RPC_VERSION: tuple[int, int, int]
 

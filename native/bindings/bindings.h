@@ -159,5 +159,6 @@ void register_gguf  (pybind11::module_ & m);
 void register_engine(pybind11::module_ & m);
 void register_model (pybind11::module_ & m);
 void register_imatrix(pybind11::module_ & m);
+void register_probe (pybind11::module_ & m);
 void register_quant (pybind11::module_ & m);
 void register_rpc   (pybind11::module_ & m);

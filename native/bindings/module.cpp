@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, m) {
     register_engine(m);
     register_model(m);
     register_imatrix(m);
+    register_probe(m);
     register_quant(m);
     register_rpc(m);
 }
