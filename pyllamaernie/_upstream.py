@@ -65,6 +65,7 @@ FILE_TYPES = {
     TensorType.F16: int(gguf.LlamaFileType.MOSTLY_F16),
     TensorType.BF16: int(gguf.LlamaFileType.MOSTLY_BF16),
     TensorType.Q8_0: int(gguf.LlamaFileType.MOSTLY_Q8_0),
+    TensorType.Q4_0: int(gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 

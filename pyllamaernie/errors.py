@@ -111,6 +111,12 @@ class TensorMappingError(ConvertError):
     """A tensor is missing, unknown, or has another shape or type than the configuration implies."""
 
 
+class WeightMismatchError(ConvertError):
+    """Weights of a quantized release, read as asked for, are not those of the release that it was made from."""
+
+    exit_code = EXIT_CHECK
+
+
 class TokenizerError(ConvertError):
     """The tokenizer files are missing, contradict each other or cannot be expressed."""
 

@@ -3,6 +3,7 @@
 The text model and, beside it, the mmproj of a vision-language model and the draft model (mtp) of a checkpoint with
 multi-token-prediction layers. Tensors are mapped, converted a few rows at a
 time and written behind a header whose sizes are known beforehand, so memory stays small whatever the model.
+A 2-bit release of Baidu's gives its routed experts, once they were held against the original, which gives the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -25,12 +26,16 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from pyllamaernie._upstream import OutTensor, TensorType, file_bytes, general_keys, write_gguf
-from pyllamaernie.convert import ernie4_5, ernie4_5_moe, ernie4_5_mtp, ernie4_5_vl_moe
+from pyllamaernie.convert import ernie4_5, ernie4_5_moe, ernie4_5_mtp, ernie4_5_vl_moe, wint2
 from pyllamaernie.convert.checkpoint import Checkpoint, open_checkpoint
 from pyllamaernie.convert.tokenizer import MODEL_FILES, Vocabulary, read_vocabulary
+from pyllamaernie.convert.wint2_check import CheckReport, Originals, check
 from pyllamaernie.errors import CancelledError, ConvertError, DiskSpaceError
 
-__all__ = ["ConvertResult", "Progress", "TensorRow", "add_arguments", "convert", "mmproj_path", "mtp_path", "run"]
+__all__ = [
+    "CheckReport", "ConvertResult", "Progress", "TensorRow", "add_arguments", "check_two_bit", "convert",
+    "mmproj_path", "mtp_path", "run",
+]  # fmt: skip
 
 log = logging.getLogger("pyllamaernie.convert")
 
@@ -84,6 +89,7 @@ class ConvertResult:
     mtp: Path | None = None
     n_params: int = 0
     assumed: str | None = None
+    check: CheckReport | None = None  # of a 2-bit release
 
     def to_dict(self) -> dict[str, Any]:
         paths = {name: path and str(path) for name, path in (("mmproj", self.mmproj), ("mtp", self.mtp))}
@@ -120,6 +126,8 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    original: str | Path | None = None,
+    reading: str = wint2.DOCUMENTED,
 ) -> ConvertResult:
     """Converts a checkpoint folder to GGUF and says what was written.
 
@@ -128,22 +136,100 @@ def convert(
     vision side out, `mtp=False` the multi-token-prediction layers. Files appear under their names only when all are
     complete. A dry run does without weights: it then takes names from the index and shapes from config.json.
 
+    A 2-bit release needs its `original`, the folder of the same model in BF16. Its experts in 2 bits become CCQ2_B,
+    as they are; the rest is the original's in `type`, where auto is q8_0, and q4_0 for the experts of the first layers,
+    which the release has in 4 bits. `reading`: how its bytes are meant, see `wint2.READINGS`.
+
     Raises: ConvertError and its subclasses; CancelledError when `progress` says so.
     """
-    checkpoint = open_checkpoint(Path(source), need_weights=not dry_run)
+    two_bit = _two_bit(Path(source), original, dry_run)
+    checkpoint = open_checkpoint(Path(original if two_bit else source), need_weights=not dry_run)
     family = _family(checkpoint)
-    type = _own_type(checkpoint) if type == "auto" else _known_type(type)
+    experts = two_bit and _experts(two_bit, checkpoint, reading)
+    w4_type = "q4_0" if type == "auto" else type
+    if type == "auto":
+        type = "q8_0" if two_bit else _own_type(checkpoint)
+    _known_type(type)
     mmproj_type = ("f32" if type == "f32" else "f16") if mmproj_type is None else _known_type(mmproj_type)
-    model = Path(output) if output is not None else Path(f"{checkpoint.folder.resolve().name}-{type.upper()}.gguf")
+    said = wint2.TYPE.name.lower() if two_bit else type
+    model = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{said.upper()}.gguf")
     if model.suffix != ".gguf":
         raise ConvertError(f"{model}: the output's name must end in .gguf")
     vocabulary, assumed = _vocabulary(checkpoint, dry_run)
     files = _plan(checkpoint, family, vocabulary, model, type, mmproj_type if mmproj else None, mtp)
-    result = _result(files, type, mmproj_type, assumed)
+    if two_bit:
+        files[0] = _with_experts(files[0], checkpoint, vocabulary, experts, w4_type)
+        if two_bit.parts is None:
+            assumed = "; ".join(filter(None, [assumed, f"experts of layers {experts.layers[0]} and up in 2 bits"]))
+    result = _result(files, said, mmproj_type, assumed)
     if not dry_run:
         _check_target(files, overwrite)
-        _write(files, progress if progress is not None else _Tqdm())
+        progress = progress if progress is not None else _Tqdm()
+        if two_bit:
+            result = replace(result, check=_compare(experts, checkpoint, progress))
+        _write(files, progress)
     return result
+
+
+def check_two_bit(
+    source: str | Path, original: str | Path, *, reading: str = wint2.DOCUMENTED, progress: Progress | None = None
+) -> CheckReport:
+    """Holds every expert of a 2-bit release against its original and says what was found; writes nothing.
+
+    Raises: WeightMismatchError when they do not fit, other ConvertErrors as `convert` does.
+    """
+    two_bit = _two_bit(Path(source), original, False)
+    checkpoint = open_checkpoint(Path(original))
+    return _compare(_experts(two_bit, checkpoint, reading), checkpoint, progress if progress is not None else _Tqdm())
+
+
+def _two_bit(source: Path, original: str | Path | None, dry_run: bool) -> wint2.TwoBitFolder | None:
+    two_bit = wint2.find(source, need_weights=not dry_run)
+    if two_bit and original is None:
+        raise ConvertError(
+            f"{source}: a 2-bit release, of which only the experts can be used; pass --original with the folder of "
+            f"{wint2.original_name(source)}, which the rest is taken from"
+        )
+    if original is not None and not two_bit:
+        raise ConvertError(
+            f"{source}: its config.json does not say that it is a 2-bit release (quantization 'wint2'), so it needs no "
+            "--original"
+        )
+    return two_bit
+
+
+def _experts(two_bit: wint2.TwoBitFolder, checkpoint: Checkpoint, reading: str) -> wint2.Experts:
+    wint2.check_same_model(two_bit, checkpoint.config, checkpoint.folder)
+    if _family(checkpoint) is not ernie4_5_moe:
+        raise ConvertError(
+            f"{checkpoint.folder}: not a text mixture of experts; 2-bit releases are known of those only"
+        )
+    c = ernie4_5_moe.read_config(checkpoint.config)
+    return wint2.Experts(two_bit, c, ernie4_5_moe.text_bank(c), reading)
+
+
+def _with_experts(
+    file: _File, checkpoint: Checkpoint, vocabulary: Vocabulary, experts: wint2.Experts, w4_type: str
+) -> _File:
+    kind = TensorType.Q4_0 if w4_type == "q4_0" else TYPES[w4_type]
+    _, w4 = ernie4_5_moe.text_model(checkpoint, ernie4_5_moe.pool(checkpoint), vocabulary, kind)
+    keys, tensors = wint2.with_experts(file.keys, file.tensors, w4, experts)
+    return replace(file, keys=keys, tensors=tensors)
+
+
+def _compare(experts: wint2.Experts, checkpoint: Checkpoint, progress: Progress) -> CheckReport:
+    c = ernie4_5_moe.read_config(checkpoint.config)
+    pool = ernie4_5_moe.pool(checkpoint)
+
+    def advance(n: int) -> None:
+        if progress.advance(n) is False:
+            raise CancelledError("conversion cancelled")
+
+    progress.start(len(experts.layers) * experts.n_expert, "experts", "check")
+    try:
+        return check(experts, Originals(pool, c, ernie4_5_moe.text_bank(c)), advance)
+    finally:
+        progress.close()
 
 
 def _family(checkpoint: Checkpoint) -> ModuleType:
@@ -322,12 +408,35 @@ class _Tqdm:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.description = "Convert a Hugging Face folder of an ERNIE 4.5 model to GGUF."
+    parser.description = (
+        "Convert a Hugging Face folder of an ERNIE 4.5 model to GGUF, or a 2-bit release of Baidu's with its original."
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = """examples:
   pyllamaernie convert ERNIE-4.5-0.3B-PT -o ernie.gguf
-  pyllamaernie convert ERNIE-4.5-VL-28B-A3B-PT -o vl.gguf --type q8_0"""
+  pyllamaernie convert ERNIE-4.5-VL-28B-A3B-PT -o vl.gguf --type q8_0
+
+  # Baidu's 2-bit experts, bit for bit; all else from the release they were made from
+  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT --check
+  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT -o 300b.gguf"""
     parser.add_argument("source", metavar="DIR", help="folder with config.json, *.safetensors and tokenizer.model")
+    parser.add_argument(
+        "--original",
+        metavar="PT-DIR",
+        help="for a 2-bit release: the same model in BF16 (-PT), which all but the 2-bit experts come from",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="hold a 2-bit release against its original, print how well it fits, write nothing",
+    )
+    parser.add_argument(
+        "--reading",
+        default=wint2.DOCUMENTED,
+        help="how the bytes of a 2-bit release are meant, when --check finds another one than the documented: "
+        + ", ".join(wint2.READINGS)
+        + ", or several joined by +; it must fit best, too",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -338,7 +447,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--type",
         default="auto",
         choices=["auto", *TYPES],
-        help="type of the matrices (default: auto, the checkpoint's 16-bit type)",
+        help="type of the matrices (default: auto, the checkpoint's 16-bit type; with --original q8_0, and q4_0 for "
+        "experts that the release has in 4 bits)",
     )
     parser.add_argument(
         "--mmproj-type", choices=list(TYPES), help="the same for the mmproj (default: f32 with --type f32, else f16)"
@@ -357,6 +467,12 @@ def run(args: argparse.Namespace) -> int:
     """Converts as the command line says; prints the paths of the written files."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a polite kill cleans up too
+    if args.check:
+        if args.original is None:
+            _two_bit(Path(args.source), None, True)
+            raise ConvertError("--check is for 2-bit releases; --dry-run shows what any other folder becomes")
+        print("\n".join(check_two_bit(args.source, args.original, reading=args.reading).lines()))
+        return 0
     result = convert(
         args.source,
         args.output,
@@ -366,7 +482,11 @@ def run(args: argparse.Namespace) -> int:
         mtp=not args.no_mtp,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
+        original=args.original,
+        reading=args.reading,
     )
+    if result.check:
+        print("\n".join(result.check.lines()))
     if args.dry_run:
         for row in result.tensors:
             dims = "x".join(map(str, reversed(row.shape)))

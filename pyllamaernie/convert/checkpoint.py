@@ -28,6 +28,7 @@ _STORED = {
     "I8": "i1",
     "BOOL": "?",
     "I16": "<i2",
+    "U16": "<u2",
 }
 INDEX = "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "F16", "BF16")
@@ -93,6 +94,13 @@ def open_checkpoint(folder: Path, *, need_weights: bool = True) -> Checkpoint:
     With `need_weights=False` a header is enough of a file, and when files are missing the index, or nothing, will do.
     Raises: MissingFileError, and ConvertError for a broken file.
     """
+    config = read_config(folder)
+    tensors, names = read_tensors(folder, need_weights=need_weights)
+    return Checkpoint(folder, config, tensors or {}, tensors is not None, names)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder. Raises: MissingFileError, and ConvertError for a broken file."""
     if not folder.is_dir():
         raise MissingFileError(
             f"{folder}: no such folder; pass the folder that holds config.json and the .safetensors files"
@@ -100,14 +108,23 @@ def open_checkpoint(folder: Path, *, need_weights: bool = True) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{path}: missing; pass the folder of a Hugging Face checkpoint")
-    config = _read_json(path)
+    return _read_json(path)
+
+
+def read_tensors(
+    folder: Path, *, need_weights: bool = True
+) -> tuple[dict[str, StoredTensor] | None, frozenset[str] | None]:
+    """The tensors of a folder's safetensors files by name; without them None, and the names in the index if any.
+
+    With `need_weights=False` a header is enough of a file, and files may be missing.
+    """
     index = folder / INDEX
     weight_map = _weight_map(index) if index.is_file() else None
     if not need_weights:
         files = set(weight_map.values()) if weight_map else {p.name for p in folder.glob("model*.safetensors")}
         if not files or not all((folder / file).is_file() for file in files):
-            return Checkpoint(folder, config, {}, False, frozenset(weight_map) if weight_map else None)
-    return Checkpoint(folder, config, _index_tensors(folder, weight_map, need_weights))
+            return None, frozenset(weight_map) if weight_map else None
+    return _index_tensors(folder, weight_map, need_weights), None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

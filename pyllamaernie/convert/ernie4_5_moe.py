@@ -62,8 +62,8 @@ def expert_keys(arch: str, c: TextConfig, bank: Bank, n_dense: int, n_shared: in
     return keys
 
 
-def bank_tensors(pool: Pool, c: TextConfig, il: int, bank: Bank, wanted: TensorType) -> list[OutTensor]:
-    """The stacked experts of one layer, stored one by one or fused."""
+def bank_rows(pool: Pool, c: TextConfig, il: int, bank: Bank) -> dict[str, list[Rows | None]]:
+    """Rows of gate, up and down of every expert of one layer, stored one by one or fused."""
     mlp = f"model.layers.{il}.mlp"
     n, n_ff, n_embd = bank.n_expert, bank.n_ff, c.n_embd
     pieces: dict[str, list[Rows | None]] = {"gate": [], "up": [], "down": []}
@@ -88,6 +88,13 @@ def bank_tensors(pool: Pool, c: TextConfig, il: int, bank: Bank, wanted: TensorT
             pieces["gate"].append(gate)
             pieces["up"].append(up)
             pieces["down"].append(pool.take(f"{stem}.down_proj.weight", (n_embd, n_ff)))
+    return pieces
+
+
+def bank_tensors(pool: Pool, c: TextConfig, il: int, bank: Bank, wanted: TensorType) -> list[OutTensor]:
+    """The stacked experts of one layer."""
+    n, n_ff, n_embd = bank.n_expert, bank.n_ff, c.n_embd
+    pieces = bank_rows(pool, c, il, bank)
     return [
         out_tensor(
             f"blk.{il}.ffn_{x}_exps{bank.suffix}.weight",
@@ -130,12 +137,17 @@ def sparse_layers(c: TextConfig) -> list[bool]:
     return [(i + 1) % step == 0 and first <= i <= last for i in range(c.n_layer)]
 
 
+def text_bank(c: TextConfig) -> Bank:
+    """The routed experts."""
+    return Bank(need(c.values, "moe_num_experts", "num_experts"), need(c.values, "moe_intermediate_size"))
+
+
 def text_model(
     checkpoint: Checkpoint, pool: Pool, vocabulary: Vocabulary, wanted: TensorType
 ) -> tuple[list[Key], list[OutTensor]]:
     """Keys and tensors of the text GGUF."""
     c = read_config(checkpoint.config)
-    bank = Bank(need(c.values, "moe_num_experts", "num_experts"), need(c.values, "moe_intermediate_size"))
+    bank = text_bank(c)
     n_shared = c.values.get("moe_num_shared_experts")
     n_dense = leading_dense(sparse_layers(c))
     out = ernie4_5.stem_tensors(pool, c, wanted)

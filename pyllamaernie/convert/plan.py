@@ -82,19 +82,20 @@ class Pool:
             self._left.discard(name)
         return found
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Rows | None:
+    def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = FLOAT_TYPES) -> Rows | None:
         """All rows of a tensor that must have this shape; None, and an entry for `finish`, when it is not so."""
         tensor = self._tensors.get(name)
         if tensor is None:
             self._missing.append(name)
             return None
         self._left.discard(name)
-        if tensor.dtype not in FLOAT_TYPES:
-            self._odd.append(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(FLOAT_TYPES)}")
+        if tensor.dtype not in dtypes:
+            self._odd.append(f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(dtypes)}")
         elif tensor.shape != shape:
             hint = ""
             if len(shape) == 2 and tensor.shape == shape[::-1]:
-                hint = " (transposed: Paddle stores matrices as [in, out]; convert the -PT variant of the model)"
+                advice = ": Paddle stores matrices as [in, out]; convert the -PT variant of the model"
+                hint = f" (transposed{advice if dtypes is FLOAT_TYPES else ''})"
             self._odd.append(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}{hint}")
         else:
             seen = replace(tensor, shape=(*shape, 1)) if len(shape) == 1 else tensor  # a vector is a column of rows
@@ -149,10 +150,10 @@ class ImpliedPool(Pool):
         self._known = self._known and frozenset(n for n in self._known if not pattern.search(n))
         return super().drop(pattern)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Rows | None:
+    def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = FLOAT_TYPES) -> Rows | None:
         if self._known is None or name in self._known:
             self._tensors[name] = self._stored(name, shape)
-        return super().take(name, shape)
+        return super().take(name, shape, dtypes)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         return StoredTensor(name, Path(), self._dtype, shape, 0)
