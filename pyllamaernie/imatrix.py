@@ -182,8 +182,8 @@ def _missing(llm: Llama, entries: Iterable[Statistics]) -> list[str]:
 
 
 def _write(path: Path, entries: Sequence[Statistics], datasets: list[str], size: int) -> None:
-    """Upstream's layout: for each matrix `NAME.in_sum2` and `NAME.counts`; then our `NAME.experts.KEY`, which upstream's
-    loader skips. Written beside and renamed."""
+    """Upstream's layout: for each matrix `NAME.in_sum2` and `NAME.counts`; then our `NAME.experts.KEY`, which it
+    skips. Written beside and renamed."""
     import numpy as np
 
     from pyllamaernie._upstream import Key, OutTensor, TensorType, write_gguf

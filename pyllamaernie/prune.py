@@ -1,9 +1,7 @@
 """`pyllamaernie prune`: drop the experts that contribute least, judged by an importance matrix.
 
 Text and vision experts are ranked apart, each layer for itself, and every layer keeps the same number: a GGUF has one
-`expert_count`. The scores are what an importance matrix allows. REAP (arXiv 2510.13999) averages gate weight times
-output norm; the file holds neither gate weights nor output norms, so `norm` and `energy` estimate the norm from the
-inputs of the down projection and its columns, and leave the gate weight out.
+`expert_count`. The scores are those of `expert_scores`; which one loses least is a question for `compare`.
 """
 
 from __future__ import annotations
@@ -19,27 +17,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyllamaernie.errors import EXIT_USAGE, CorruptModelError, InputError, UnsupportedInputError
-from pyllamaernie.slice_model import PLAN_FORMAT, SliceResult, Source, open_source, show, slice_model
+from pyllamaernie.errors import EXIT_USAGE, InputError
+from pyllamaernie.expert_scores import SCORES, Importance, expert_scores, read_importance
+from pyllamaernie.slice_model import PLAN_FORMAT, SOFTMAX, SliceResult, show, slice_model
+from pyllamaernie.slice_source import Source, open_source
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pyllamaernie._upstream import InTensor
-
-SCORES = ("count", "energy", "norm")  # the first is the default: never measurably worse in KL on the tiny model
-_NEED_GATES = ("reap", "weight")  # named in papers; asking for one should say why it is not there
+DEFAULT = "count"
+SUPER = 10  # an expert whose largest output is this many times the layer's median stays
+PER_TOKEN = 2  # experts to keep for each one that a token uses
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """One layer of one pool. Shapes: counts, scores (n_expert,). `kept` and `removed` are ascending."""
+    """One layer of one pool. Shapes: counts, scores (n_expert,). `kept` and `removed` are ascending.
+
+    `supers`: experts that stay because of their largest output. `removed_mass`: share of the router's probability that
+    the removed experts had, None if it was not measured.
+    """
 
     pool: str
     layer: int
     counts: np.ndarray
     scores: np.ndarray
     kept: tuple[int, ...]
+    supers: tuple[int, ...] = ()
+    removed_mass: float | None = None
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -57,28 +62,38 @@ def rank_experts(
     *,
     keep: int | None = None,
     ratio: float | None = None,
-    score: str = SCORES[0],
+    score: str = DEFAULT,
+    top_k: int | None = None,
+    force: bool = False,
 ) -> list[Ranking]:
     """For each pool and layer the scores of its experts and the `keep` best (or ceil(`ratio` x experts)).
 
-    count: tokens; energy: expected squared norm of an expert's output, summed over its tokens; norm: the root of its
-    mean. Never-used experts score 0; ties go to the lower number. With routing groups each keeps as many.
+    Never-used experts go first; ties go to the lower number. With routing groups each keeps as many. Without `force`
+    at least PER_TOKEN experts stay for each of the `top_k` that a token uses, and every expert whose largest output is
+    SUPER times the layer's median.
     Raises: InputError, UnsupportedInputError, CorruptModelError, the errors of `open_source`.
     """
     source = model if isinstance(model, Source) else open_source(model)
     if score not in SCORES:
-        reason = "needs gate weights, which no importance matrix holds" if score in _NEED_GATES else "is not known"
-        raise InputError(f"score {score!r} {reason}; take one of {', '.join(SCORES)}")
+        raise InputError(f"score {score!r} is not known; take one of {', '.join(SCORES)}")
     pools = source.pools()
     if not pools:
         raise InputError(f"{source.path} ({source.arch}) has no experts to prune")
+    source.require_whole()
     n_keep = _n_keep(source, keep, ratio)
-    statistics = _read_imatrix(Path(imatrix))
+    n_used = source.n_expert_used if top_k is None else top_k
+    least = min(PER_TOKEN * n_used, source.n_expert)
+    if not force and n_used <= n_keep < least:
+        raise InputError(
+            f"{n_keep} experts are less than {PER_TOKEN} for each of the {n_used} that a token uses, which leaves "
+            f"hardly a choice; keep at least {least}, use fewer per token (--top-k), or insist (--force)"
+        )
+    importance = read_importance(imatrix)
     rankings = []
     for pool, layers in pools.items():
         for il in layers:
-            counts, scores = _scores(source, Path(imatrix), statistics, pool, il, score)
-            rankings.append(Ranking(pool, il, counts, scores, _best(source, scores, n_keep)))
+            counts, scores = expert_scores(source, importance, pool, il, score)
+            rankings.append(_ranking(source, importance, pool, il, counts, scores, n_keep, force))
     return rankings
 
 
@@ -89,25 +104,67 @@ def prune(
     *,
     keep: int | None = None,
     ratio: float | None = None,
-    score: str = SCORES[0],
+    score: str = DEFAULT,
     top_k: int | None = None,
+    exact: bool = False,
+    force: bool = False,
     plan: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> tuple[SliceResult, list[Ranking]]:
     """Write `model` without its least contributing experts, and with `plan` the decision as JSON.
 
+    `exact`: the routers stay whole, so the file is the same as the model with those experts masked, and only this
+    package loads it. Otherwise a correction bias is scaled by what the router's probabilities grow on average.
     Raises: as `rank_experts` and `slice_model`. No file is left then.
     """
-    from pyllamaernie._upstream import Key
-
     source = open_source(model)
-    rankings = rank_experts(source, imatrix, keep=keep, ratio=ratio, score=score)
-    kept = {pool: {r.layer: r.kept for r in rankings if r.pool == pool} for pool in source.pools()}
-    notes = [Key("prune.score", "str", score)]
-    result = slice_model(source, output, experts=kept, top_k=top_k, notes=notes, overwrite=overwrite)
+    rankings = rank_experts(source, imatrix, keep=keep, ratio=ratio, score=score, top_k=top_k, force=force)
+    result = write_pruned(source, output, rankings, score, top_k=top_k, exact=exact, overwrite=overwrite)
     if plan is not None:
         write_plan(plan, source, imatrix, score, rankings)
     return result, rankings
+
+
+def write_pruned(
+    source: Source,
+    output: str | os.PathLike[str],
+    rankings: list[Ranking],
+    score: str,
+    *,
+    top_k: int | None = None,
+    exact: bool = False,
+    overwrite: bool = False,
+) -> SliceResult:
+    """Write the kept experts of `rankings`, however they were ranked. Raises: as `slice_model`."""
+    from pyllamaernie._upstream import Key
+
+    kept = {pool: {r.layer: r.kept for r in rankings if r.pool == pool} for pool in source.pools()}
+    notes = [Key("prune.score", "str", score)]
+    scales = None if exact else bias_scales(source, rankings)
+    return slice_model(
+        source,
+        output,
+        experts=kept,
+        top_k=top_k,
+        exact=exact,
+        bias_scales=scales,
+        notes=notes,
+        overwrite=overwrite,
+    )
+
+
+def bias_scales(source: Source, rankings: list[Ranking]) -> Mapping[str, Mapping[int, float]] | None:
+    """How much the probabilities of the kept experts grow on average, so that their bias can grow with them.
+
+    A softmax over fewer experts multiplies all probabilities of a token by 1 / (1 - what the removed ones had). None
+    without such a softmax, or when the probabilities were not measured.
+    """
+    if int(source.get("expert_gating_func", SOFTMAX)) != SOFTMAX or any(r.removed_mass is None for r in rankings):
+        return None
+    scales: dict[str, dict[int, float]] = {}
+    for r in rankings:
+        scales.setdefault(r.pool, {})[r.layer] = 1 / max(1 - r.removed_mass, 1e-6)
+    return scales
 
 
 def write_plan(
@@ -152,85 +209,46 @@ def _n_keep(source: Source, keep: int | None, ratio: float | None) -> int:
     return keep
 
 
-def _best(source: Source, scores: np.ndarray, n_keep: int) -> tuple[int, ...]:
-    size, kept = source.n_expert // source.n_group, []
-    for begin in range(0, source.n_expert, size):
-        order = sorted(range(begin, begin + size), key=lambda e: (-scores[e], e))
-        kept += order[: n_keep // source.n_group]
-    return tuple(sorted(kept))
-
-
-# ---- scores
-
-
-def _read_imatrix(path: Path) -> Mapping[str, np.ndarray]:
-    from pyllamaernie._upstream import read_gguf
-
-    with open(path, "rb") as file:  # FileNotFoundError names the path
-        if file.read(4) != b"GGUF":
-            raise InputError(f"{path} is not a GGUF importance matrix; `pyllamaernie imatrix` writes one")
-    try:
-        keys, tensors = read_gguf(path)
-    except (ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{path} cannot be read as an importance matrix: {error}") from None
-    kind = keys["general.type"].value if "general.type" in keys else None
-    if kind != "imatrix":
-        raise InputError(f"{path} is of type {kind!r}, expected 'imatrix'; `pyllamaernie imatrix` writes one")
-    return {tensor.name: tensor.data for tensor in tensors}
-
-
-def _scores(
-    source: Source, imatrix: Path, statistics: Mapping[str, np.ndarray], pool: str, il: int, score: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and score of each expert of a layer. Shapes: -> (n_expert,) int64, (n_expert,) float64."""
+def _ranking(
+    source: Source,
+    importance: Importance,
+    pool: str,
+    il: int,
+    counts: np.ndarray,
+    scores: np.ndarray,
+    n_keep: int,
+    force: bool,
+) -> Ranking:
+    """The best of a layer: first those that must stay, then by score, those that nothing reached last."""
     import numpy as np
 
-    name = f"blk.{il}.ffn_down_exps{'_vl' if pool == 'vision' else ''}.weight"
-    down = next((t for t in source.tensors if t.name == name), None)
-    if down is None:
-        raise CorruptModelError(f"{source.path} has no {name}")
-    if f"{name}.counts" not in statistics or f"{name}.in_sum2" not in statistics:
-        hint = "; experts for vision need pictures (imatrix --images)" if pool == "vision" else ""
-        raise InputError(f"{imatrix} has no statistics for {name}{hint}")
-    counts = np.asarray(statistics[f"{name}.counts"], np.float64).reshape(-1)
-    sums = np.asarray(statistics[f"{name}.in_sum2"], np.float64)
-    n_expert, n_cols = down.shape[0], down.shape[2]
-    if len(counts) != n_expert or sums.size != n_expert * n_cols:
-        raise InputError(
-            f"{imatrix} is of another model: {name} has {len(counts)} counts and sums of shape {sums.shape} there, "
-            f"{n_expert} experts with {n_cols} columns in {source.path}"
+    n, n_group, parts = source.n_expert, source.n_group, importance.experts(source.down(pool, il))
+    supers: tuple[int, ...] = ()
+    if "out_max" in parts and (counts > 0).any() and not force:
+        out_max = parts["out_max"]
+        supers = tuple(np.flatnonzero(out_max > SUPER * np.median(out_max[counts > 0])).tolist())
+    kept: list[int] = []
+    for begin in range(0, n, n // n_group):
+        order = sorted(
+            range(begin, begin + n // n_group), key=lambda e: (e not in supers, counts[e] == 0, -scores[e], e)
         )
-    if not (np.isfinite(counts).all() and np.isfinite(sums).all() and (counts >= 0).all() and (sums >= 0).all()):
-        raise InputError(f"{imatrix}: the statistics of {name} are not all finite and positive")
-    if score == "count":
-        return counts.astype(np.int64), counts
-    energy = np.array([_energy(source, down, e, sums.reshape(n_expert, n_cols)[e]) for e in range(n_expert)])
-    if score == "norm":
-        energy = np.sqrt(energy / np.maximum(counts, 1))
-    return counts.astype(np.int64), np.where(counts > 0, energy, 0.0)
-
-
-def _energy(source: Source, down: InTensor, expert: int, sums: np.ndarray) -> float:
-    """Sum over tokens and inputs j of x_j^2 |w_j|^2: the squared output norm if inputs are uncorrelated.
-
-    Holds one expert in memory as float32. Shapes: sums (n_cols,).
-    """
-    import numpy as np
-
-    from pyllamaernie._upstream import dequantize
-
-    if any(t.name == down.name.removesuffix("weight") + "scale" for t in source.tensors):
-        raise UnsupportedInputError(f"{down.name} has scales of its own, which only --score count can do without")
-    try:
-        weights = dequantize(down.data[expert], down.type)
-    except NotImplementedError:
-        raise UnsupportedInputError(f"{down.name} is {down.type.name}, which cannot be decoded; take count") from None
-    return float(np.square(weights, dtype=np.float64).sum(axis=0) @ sums)
+        best = order[: n_keep // n_group]
+        if lost := [e for e in supers if begin <= e < begin + n // n_group and e not in best]:
+            raise InputError(
+                f"pool {pool}, layer {il}: expert {lost[0]} would have to go, whose largest output is more than "
+                f"{SUPER} times the layer's median; keep more, or insist (--force)"
+            )
+        kept += best
+    removed = [e for e in range(n) if e not in kept]
+    mass = parts["prob"][removed].sum() / parts["prob"].sum() if parts.get("prob") is not None else None
+    return Ranking(pool, il, counts, scores, tuple(sorted(kept)), supers, None if mass is None else float(mass))
 
 
 # ---- the verb
 
-EPILOG = """examples:
+_LIST = "\n".join(f"  {name:<9} {text}" for name, text in SCORES.items())
+
+EPILOG = f"""examples:
   pyllamaernie imatrix -m ernie-21b.gguf -f calibration.txt -o imatrix.gguf
   pyllamaernie prune ernie-21b.gguf --imatrix imatrix.gguf --ratio 0.75 -o ernie-21b-48e.gguf
   pyllamaernie prune ernie-vl.gguf --imatrix imatrix.gguf --keep 48 --plan plan.json -o ernie-vl-48e.gguf
@@ -240,18 +258,17 @@ Every layer keeps the same number of experts, each its own best; a vision model 
 chosen by what pictures and text use, so its importance matrix needs pictures. Shared experts stay. Kept experts are
 copied byte for byte, in every type. Measure on text that is not the calibration text.
 
-  count   (default) how many tokens chose the expert
-  energy  how much an expert adds to the output over all its tokens: squared output norm, summed
-  norm    the same per token: keeps an expert that is rarely used but strong. This is REAP with all gate weights
-          taken as equal
-No score is best for every model: try them and let `pyllamaernie compare` decide. On the embedded model, whose experts
-are used evenly, count lost the least by mean KL, energy and norm kept more answers.
-Output norms are estimated from the importance matrix (squared inputs of the down projection) and the weights, as if
-inputs were uncorrelated. Gate weights are not in an importance matrix, so REAP itself and the sum of gate weights
-are not offered.
+scores; g is the weight that a token gives to an expert, y the expert's output (default: {DEFAULT})
+{_LIST}
+All but count, energy and norm need an importance matrix of `pyllamaernie imatrix`. No score is best for every model:
+try them and let `pyllamaernie compare` decide. Experts that no token of the calibration text reached go first. An
+expert whose largest output is {SUPER} times the layer's median stays, and {PER_TOKEN} experts for each one that a token
+uses; --force insists.
 
 The router's softmax then runs over the kept experts. Mixing weights stay exact, since they are renormalised over the
-chosen ones; with a correction bias (ERNIE 4.5 has one) a token near a tie can choose another of the kept experts.
+chosen ones. With a correction bias (ERNIE 4.5 has one), which is scaled by the average growth of the probabilities, a
+token near a tie can choose another of the kept experts. --exact keeps the routers whole, so that this never happens:
+the file is the model with the experts masked, but only this package loads it, not other builds of llama.cpp.
 An importance matrix for quantizing the pruned file must be measured on the pruned file.
 exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough disk, 130 interrupted"""
 
@@ -264,16 +281,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--keep", type=int, metavar="N", help="experts that every layer keeps")
     size.add_argument("--ratio", type=float, metavar="R", help="share of the experts that every layer keeps, 0 to 1")
-    parser.add_argument(
-        "--score", default=SCORES[0], metavar="NAME", help=f"{', '.join(SCORES)} (default: {SCORES[0]})"
-    )
+    parser.add_argument("--score", default=DEFAULT, metavar="NAME", help=f"one of the scores (default: {DEFAULT})")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts that a token uses (default: as before)")
+    parser.add_argument("--exact", action="store_true", help="keep the routers whole; only this package loads the file")
+    parser.add_argument("--force", action="store_true", help="remove experts that should stay")
     parser.add_argument("--plan", metavar="FILE", help="write the decision and its scores here as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.score not in (*SCORES, *_NEED_GATES):
+    if args.score not in SCORES:
         print(f"pyllamaernie prune: --score is one of {', '.join(SCORES)}, got {args.score}", file=sys.stderr)
         return EXIT_USAGE
     if args.plan is not None and not Path(args.plan).absolute().parent.is_dir():
@@ -286,6 +303,8 @@ def run(args: argparse.Namespace) -> int:
         ratio=args.ratio,
         score=args.score,
         top_k=args.top_k,
+        exact=args.exact,
+        force=args.force,
         plan=args.plan,
         overwrite=args.overwrite,
     )

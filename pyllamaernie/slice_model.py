@@ -1,6 +1,6 @@
-"""`pyllamaernie slice`: a smaller GGUF out of a larger one: fewer layers, fewer experts, fewer experts per token.
+"""`pyllamaernie slice`: a smaller GGUF out of a larger one: fewer layers, fewer or narrower experts, fewer per token.
 
-Nothing is trained and nothing quantized again: what stays is copied byte for byte, one tensor at a time, since an
+Nothing is trained and nothing quantized again: what stays is copied byte for byte, one expert at a time, since an
 expert is one contiguous piece of its tensor in every type. Which experts to keep is `prune`'s question.
 Source: tensor and key names are llama.cpp's, src/llama-arch.cpp at the pin.
 """
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pyllamaernie import elastic
 from pyllamaernie.errors import EXIT_USAGE, CorruptModelError, DiskSpaceError, InputError, UnsupportedInputError
+from pyllamaernie.expert_scores import Importance, read_importance
+from pyllamaernie.slice_keys import depth_keys, describe, set_elastic, set_experts, set_widths
+from pyllamaernie.slice_source import LAYER, Kept, Source, expert_place, open_source
+from pyllamaernie.slice_width import Width, cut_expert, cut_shape, has_width, widths_of
 
 if TYPE_CHECKING:
     from pyllamaernie._upstream import InTensor, Key, OutTensor
@@ -28,84 +32,7 @@ if TYPE_CHECKING:
 PLAN_FORMAT = "pyllamaernie-experts"
 N_LAYER_MAX = 9999
 SOFTMAX = 1  # expert_gating_func; absent means softmax for the architectures that have no such key
-
-# Layers -> kept experts, for each pool. A pool is a router and its experts; ERNIE VL has "text" and "vision".
-Kept = Mapping[str, Mapping[int, Sequence[int]]]
-
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
-_PER_EXPERT = re.compile(
-    r"ffn_(?:gate|up|down|gate_up)_exps(?P<a>_vl)?\.\w+|ffn_gate_inp(?P<b>_vl)?\.(?:weight|bias)"
-    r"|exp_probs_b(?P<c>_vl)?(?:\.\w+)?"
-)
-_NOT_PER_EXPERT = re.compile(r"ffn_norm_exps\..+|ffn_gate_inp_shexp\..+")
-_EXPERT_LIKE = re.compile(r"exps|exp_probs|gate_inp|tid2eid|ffn_(?:gate|up|down)\.\d+\.")
-
-# Arrays with one value for each layer. Another array of that length stops a cut in depth: it may be one, or not.
-_PER_LAYER = {
-    "feed_forward_length",
-    "expert_feed_forward_length",
-    "expert_used_count",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.sliding_window_pattern",
-    "attention.rope_pattern",
-    "attention.recurrent_layers",
-    "attention.compress_ratios",
-    "swiglu_clamp_exp",
-    "swiglu_clamp_shexp",
-}
-_NOT_PER_LAYER = {"rope.dimension_sections"}
-_PERIODS = ("full_attention_interval", "attention.sliding_window_pattern")  # scalars: layer kinds repeat every N layers
-_BOUND_TO_LAYERS = ("attention.shared_kv_layers", "target_layers")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A GGUF model to cut: its metadata by name, and its tensors, mapped."""
-
-    path: Path
-    keys: Mapping[str, Key]
-    tensors: Sequence[InTensor]
-
-    @property
-    def arch(self) -> str:
-        return str(self.keys["general.architecture"].value)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key of the architecture's own section."""
-        key = self.keys.get(f"{self.arch}.{name}")
-        return default if key is None else key.value
-
-    @property
-    def n_layer(self) -> int:
-        return int(self.get("block_count", 0))
-
-    @property
-    def n_expert(self) -> int:
-        return int(self.get("expert_count", 0))
-
-    @property
-    def n_expert_used(self) -> int:
-        """Experts of a token; the most of any layer where the layers differ."""
-        value = self.get("expert_used_count", 0)
-        return int(max(value)) if isinstance(value, list) else int(value)
-
-    @property
-    def n_group(self) -> int:
-        return max(1, int(self.get("expert_group_count", 1)))
-
-    def pools(self) -> dict[str, list[int]]:
-        """The layers of each expert pool, in order; empty for a dense model."""
-        out: dict[str, list[int]] = {}
-        for tensor in self.tensors:
-            place = expert_place(self, tensor.name)
-            if place is not None and tensor.name.endswith(
-                "_exps_vl.weight" if place[1] == "vision" else "_exps.weight"
-            ):
-                layers = out.setdefault(place[1], [])
-                if place[0] not in layers:
-                    layers.append(place[0])
-        return {name: sorted(layers) for name, layers in sorted(out.items())}
+EXACT_ARCHS = ("ernie4_5-moe", "ernie4_5-vl-moe")  # their loaders know expert_stored_count
 
 
 @dataclass(frozen=True)
@@ -119,44 +46,6 @@ class SliceResult:
     n_expert: int
     n_expert_used: int
     warnings: tuple[str, ...]
-
-
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """A model file, its header checked.
-
-    Raises: ModelNotFoundError, CorruptModelError, UnsupportedInputError (projector, part of a split model).
-    """
-    from pyllamaernie._upstream import read_gguf
-    from pyllamaernie.model import read_header
-
-    header = read_header(path)  # also finds a file that is cut short
-    if header.is_projector or header.arch in ("", "imatrix"):
-        raise UnsupportedInputError(f"{path} holds {header.arch or 'no model'!r}; a language model's GGUF is needed")
-    if int(header.metadata.get("split.count", 0)) > 1:
-        raise UnsupportedInputError(
-            f"{path} is one of {header.metadata['split.count']} parts; "
-            "join them with `pyllamaernie tool llama-gguf-split --merge`"
-        )
-    try:
-        return Source(Path(path), *read_gguf(Path(path)))
-    except (ValueError, KeyError, IndexError) as error:
-        raise CorruptModelError(f"{path} cannot be read: {error}") from None
-
-
-def expert_place(source: Source, name: str) -> tuple[int, str] | None:
-    """(layer, pool) of a tensor whose outermost dimension counts experts, None for every other tensor.
-
-    Raises: UnsupportedInputError for a tensor that has to do with experts in a way that is not known here.
-    """
-    layer = _LAYER.fullmatch(name)
-    if layer is None or not _EXPERT_LIKE.search(layer[2]) or _NOT_PER_EXPERT.fullmatch(layer[2]):
-        return None
-    tail = _PER_EXPERT.fullmatch(layer[2])
-    if tail is None:
-        raise UnsupportedInputError(f"{source.path}: {name} belongs to experts in a way that cannot be cut")
-    # without a router of its own, a `_vl` tensor serves the text experts
-    is_vision = any(tail.groups()) and any(t.name == f"blk.{layer[1]}.ffn_gate_inp_vl.weight" for t in source.tensors)
-    return int(layer[1]), "vision" if is_vision else "text"
 
 
 def first_experts(source: Source, n: int) -> Kept:
@@ -189,13 +78,20 @@ def slice_model(
     layers: Sequence[int] | None = None,
     experts: int | Kept | None = None,
     top_k: int | None = None,
+    expert_ff: Mapping[str, int] | None = None,
+    importance: Importance | None = None,
+    exact: bool = False,
+    bias_scales: Mapping[str, Mapping[int, float]] | None = None,
     notes: Sequence[Key] = (),
     overwrite: bool = False,
 ) -> SliceResult:
-    """Write `model` with only these layers, experts and experts per token; None keeps what there is.
+    """Write `model` with only these layers, experts, neurons and experts per token; None keeps what there is.
 
     `experts`: how many from the front, or for each pool and layer (numbered as in `model`) which ones; a GGUF has one
-    number of experts, so all lists are equally long. `notes` are further keys for the file.
+    number of experts, so all lists are equally long. `expert_ff`: neurons of an expert, by pool: the first ones, or
+    with `importance` those that add most. `exact` keeps the rows of the removed experts in the routers, so that tokens
+    choose among the kept ones as before; only our loader takes such a file. `bias_scales` multiply the routers'
+    correction biases. `notes` are further keys for the file.
     Raises: InputError, UnsupportedInputError, DiskSpaceError, the errors of `open_source`. No file is left then.
     """
     from pyllamaernie._upstream import file_bytes, write_gguf
@@ -210,10 +106,18 @@ def slice_model(
     kept = _kept_experts(source, experts)
     n_expert = _n_expert(source, kept)
     n_used = _check_top_k(source, n_expert, top_k)
-    keys = _depth_keys(source, order) if layers is not None else dict(source.keys)
-    _set_experts(source, keys, n_expert, top_k)
-    tensors = list(_cut(source, order, kept, n_expert))
-    _describe(source, keys, tensors, order, kept, notes)
+    widths = widths_of(source, expert_ff, importance) if expert_ff else {}
+    if exact:
+        _check_exact(source, kept)
+    sub = None  # kept experts or neurons that are not the first ones are no sub-model
+    if (experts is None or isinstance(experts, int)) and (importance is None or not widths):
+        sub = elastic.matching(source, order, n_expert, {pool: width.n for pool, width in widths.items()}, top_k)
+    keys = depth_keys(source, order) if layers is not None else dict(source.keys)
+    set_experts(source, keys, n_expert, top_k, exact)
+    set_widths(source, keys, widths)
+    tensors = list(_cut(source, order, kept, n_expert, widths, exact, bias_scales or {}))
+    describe(source, keys, tensors, order, kept, notes, bool(widths))
+    set_elastic(keys, sub)
     wanted, free = file_bytes(tensors), shutil.disk_usage(output.absolute().parent).free
     if wanted > free:
         raise DiskSpaceError(f"{output}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
@@ -221,9 +125,32 @@ def slice_model(
         rest = [key for name, key in keys.items() if name != "general.architecture"]
         write_gguf(Path(folder) / output.name, source.arch, rest, tensors)
         os.replace(Path(folder) / output.name, output)
-    warnings = [*_depth_warnings(source, order), *_bias_warnings(source, kept, n_expert)]
+    is_front = isinstance(experts, int) and n_expert < source.n_expert
+    is_cut = len(order) < source.n_layer or is_front or bool(widths) or n_used < source.n_expert_used
+    warnings = [
+        *(_training_warnings(source, output) if is_cut and sub is None else ()),
+        *_window_warnings(source, order),
+        *(() if exact else _bias_warnings(source, kept, n_expert, bool(bias_scales))),
+    ]
     sizes = source.path.stat().st_size, output.stat().st_size
     return SliceResult(output, *sizes, len(order), n_expert, n_used, tuple(warnings))
+
+
+def slice_preset(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], name: str, *, overwrite: bool = False
+) -> SliceResult:
+    """Write a sub-model that the file says it was trained for. Raises: as `slice_model`, InputError if it has none."""
+    source = open_source(model)
+    sub = elastic.sub_model(source, name)
+    return slice_model(
+        source,
+        output,
+        layers=sub.layers,
+        experts=sub.n_expert,
+        top_k=sub.n_expert_used,
+        expert_ff=sub.widths,
+        overwrite=overwrite,
+    )
 
 
 # ---- what is asked for, checked
@@ -231,8 +158,7 @@ def slice_model(
 
 def _layer_order(source: Source, layers: Sequence[int] | None) -> list[int]:
     """Old numbers of the kept layers. Layers that predict further tokens stay, at the end."""
-    n_next = int(source.get("nextn_predict_layers", 0))
-    n = source.n_layer - n_next
+    n = source.n_layer - source.n_next
     if layers is None:
         return list(range(source.n_layer))
     wrong = sorted({il for il in layers if not 0 <= il < n})
@@ -250,6 +176,7 @@ def _kept_experts(source: Source, experts: int | Kept | None) -> Kept | None:
         return None
     if not source.pools():
         raise InputError(f"{source.path} ({source.arch}) has no experts to cut")
+    source.require_whole()
     if not isinstance(experts, int):
         return experts
     if not 1 <= experts <= source.n_expert:
@@ -262,7 +189,7 @@ def _kept_experts(source: Source, experts: int | Kept | None) -> Kept | None:
 def _n_expert(source: Source, kept: Kept | None) -> int:
     """How many experts every pool has afterwards."""
     if kept is None:
-        return source.n_expert
+        return source.n_stored
     want, have = source.pools(), {pool: sorted(rows) for pool, rows in kept.items()}
     if want != have:
         raise InputError(f"the plan names pools and layers {have}, {source.path} has {want}")
@@ -302,152 +229,112 @@ def _check_top_k(source: Source, n_expert: int, top_k: int | None) -> int:
     return n_used
 
 
-# ---- metadata
-
-
-def _with(keys: dict[str, Key], name: str, value: Any) -> None:
-    keys[name] = replace(keys[name], value=value)
-
-
-def _depth_keys(source: Source, order: Sequence[int]) -> dict[str, Key]:
-    """The metadata with the number of layers, of leading dense ones, and each array by layer cut to `order`."""
-    keys, prefix, n = dict(source.keys), f"{source.arch}.", source.n_layer
-    if list(order) == list(range(n)):
-        return keys
-    for name in _BOUND_TO_LAYERS:
-        if prefix + name in keys:
-            raise UnsupportedInputError(f"{source.path}: {prefix}{name} ties layers together; their number is fixed")
-    for name in [name for name in keys if name.startswith(prefix) and keys[name].kind.startswith("list")]:
-        short, value = name.removeprefix(prefix), keys[name].value
-        if short in _PER_LAYER and len(value) == n:
-            _with(keys, name, [value[il] for il in order])
-        elif short in _PER_LAYER or (len(value) == n and short not in _NOT_PER_LAYER):
-            raise UnsupportedInputError(
-                f"{source.path}: {name} has {len(value)} values for {n} layers; how to cut it is not known"
-            )
-    for name in _PERIODS:
-        period = source.get(name, 1)
-        if isinstance(period, int) and period > 1 and any(il % period != j % period for j, il in enumerate(order)):
-            raise InputError(f"kinds of layers repeat every {period} ({prefix}{name}); keep whole repetitions")
-    _set_lead(source, keys, order)
-    _with(keys, prefix + "block_count", len(order))
-    return keys
-
-
-def _set_lead(source: Source, keys: dict[str, Key], order: Sequence[int]) -> None:
-    """Which layers are dense follows from two numbers: the cut must still be one that they can express."""
-    name = f"{source.arch}.leading_dense_block_count"
-    sparse = {place[0] for t in source.tensors if (place := expert_place(source, t.name)) is not None}
-    if not sparse:
-        return
-    step = max(1, int(source.get("interleave_moe_layer_step", 1)))
-
-    def follows(layers: Sequence[int], lead: int) -> bool:
-        return all((il in sparse) == (j >= lead and (j + 1) % step == 0) for j, il in enumerate(layers))
-
-    lead = int(source.get("leading_dense_block_count", 0))
-    if not follows(range(source.n_layer), lead):
-        raise UnsupportedInputError(f"{source.path}: its keys do not say which layers are dense, so none can go")
-    candidates = [sum(il < lead for il in order), *range(len(order) + 1)] if name in keys else [0]
-    new = next((n for n in candidates if follows(order, n)), None)
-    if new is None:
-        dense = [il for il in range(source.n_layer) if il not in sparse]
-        raise InputError(
-            f"layers {list(order)} of {source.path} cannot be expressed: its dense layers are {dense}, and the keys "
-            f"demand dense layers first, then a sparse one every {step}"
+def _check_exact(source: Source, kept: Kept | None) -> None:
+    if kept is None:
+        raise InputError("only a cut of experts can keep the routers whole; say which experts to keep")
+    if source.arch not in EXACT_ARCHS or source.n_group > 1:
+        groups = f" with {source.n_group} routing groups" if source.n_group > 1 else ""
+        raise UnsupportedInputError(
+            f"{source.path} ({source.arch}{groups}): whole routers are only possible for {', '.join(EXACT_ARCHS)}"
         )
-    if name in keys:
-        _with(keys, name, new)
-
-
-def _set_experts(source: Source, keys: dict[str, Key], n_expert: int, top_k: int | None) -> None:
-    if source.n_expert:
-        _with(keys, f"{source.arch}.expert_count", n_expert)
-    if top_k is not None:
-        name = f"{source.arch}.expert_used_count"
-        old = keys[name].value
-        _with(keys, name, [min(top_k, n) for n in old] if isinstance(old, list) else top_k)
-
-
-def _describe(
-    source: Source,
-    keys: dict[str, Key],
-    tensors: Sequence[OutTensor],
-    order: Sequence[int],
-    kept: Kept | None,
-    notes: Sequence[Key],
-) -> None:
-    """The size label, and where the layers and experts come from: their numbers in the file before."""
-    from pyllamaernie._upstream import Key, size_label
-
-    changed = False
-    if list(order) != list(range(source.n_layer)):
-        keys["slice.layers"] = Key("slice.layers", "list:u32", list(order))
-        changed = True
-    for pool, rows in (kept or {}).items():
-        ids = [e for il in sorted(rows) if il in order for e in rows[il]]
-        if ids:
-            keys[f"prune.kept.{pool}"] = Key(f"prune.kept.{pool}", "list:u32", ids)
-        changed = True
-    for key in notes:
-        keys[key.name] = key
-    if changed and "general.size_label" in keys:
-        n_all = sum(math.prod(t.shape) for t in tensors)
-        n_experts = sum(math.prod(t.shape) for t in tensors if re.search(r"_exps(_vl)?\.weight$", t.name))
-        n = int(keys[f"{source.arch}.expert_count"].value) if source.n_expert else 0
-        _with(keys, "general.size_label", size_label(n_all, n_all - n_experts, n_experts // max(n, 1), n))
+    if int(source.get("expert_gating_func", SOFTMAX)) != SOFTMAX:
+        raise UnsupportedInputError(f"{source.path} has no softmax in its routers, so an ordinary cut is exact already")
+    odd = [t.name for t in source.tensors if "_exps" in t.name and not t.name.endswith(".weight")]
+    if odd:
+        raise UnsupportedInputError(f"{source.path}: whole routers are not possible with {odd[0]}")
 
 
 # ---- tensors
 
 
-def _cut(source: Source, order: Sequence[int], kept: Kept | None, n_expert: int) -> Iterator[OutTensor]:
+def _cut(
+    source: Source,
+    order: Sequence[int],
+    kept: Kept | None,
+    n_expert: int,
+    widths: Mapping[str, Width],
+    exact: bool,
+    bias_scales: Mapping[str, Mapping[int, float]],
+) -> Iterator[OutTensor]:
     from pyllamaernie._upstream import OutTensor
 
     position = {il: j for j, il in enumerate(order)}
     for tensor in source.tensors:
-        name, shape, ids = tensor.name, tensor.shape, None
-        layer = _LAYER.fullmatch(name)
+        name = tensor.name
+        layer = LAYER.fullmatch(name)
         if layer is not None:
             if int(layer[1]) not in position:
                 continue
             name = f"blk.{position[int(layer[1])]}.{layer[2]}"
-        data = tensor.data
-        place = None if kept is None else expert_place(source, tensor.name)
-        if place is not None:
-            n_ones = next((i for i, n in enumerate(shape) if n > 1), 0)  # a bias may be stored as one row
-            if shape[n_ones] == source.n_expert:
-                ids = kept[place[1]][place[0]]
-                shape, data = (*shape[:n_ones], n_expert, *shape[n_ones + 1 :]), data.reshape(data.shape[n_ones:])
-            elif tensor.name.endswith(".weight") or "exp_probs_b" in tensor.name:
-                raise CorruptModelError(
-                    f"{source.path}: {tensor.name} has shape {shape}, the keys say {source.n_expert} experts"
-                )
-        yield OutTensor(name, shape, tensor.type, lambda data=data, ids=ids: _pieces(data, ids))
+        place = expert_place(source, tensor.name)
+        if place is None or (kept is None and not widths):
+            yield OutTensor(name, tensor.shape, tensor.type, lambda data=tensor.data: iter((data,)))
+        else:
+            ids = None if kept is None else list(kept[place[1]][place[0]])
+            width = widths.get(place[1]) if has_width(tensor.name) else None
+            scale = bias_scales.get(place[1], {}).get(place[0], 1.0) if "exp_probs_b" in tensor.name else 1.0
+            yield _cut_experts(source, tensor, name, place[0], ids, width, exact, scale)
 
 
-def _pieces(data: Any, ids: Sequence[int] | None) -> Iterator[Any]:
-    """The tensor's bytes in pieces: as it lies in the file, or expert by expert."""
+def _cut_experts(
+    source: Source,
+    tensor: InTensor,
+    name: str,
+    il: int,
+    ids: list[int] | None,
+    width: Width | None,
+    exact: bool,
+    scale: float,
+) -> OutTensor:
+    """One tensor of experts: these of them, of this width. With `exact` a router has the kept rows, then the rest."""
+    from pyllamaernie._upstream import OutTensor
+
+    shape, data = tensor.shape, tensor.data
+    n_ones = next((i for i, n in enumerate(shape) if n > 1), 0)  # a bias may be stored as one row
+    n_rows = source.n_stored if "_exps" in tensor.name else source.n_expert
+    if shape[n_ones] != n_rows:
+        if tensor.name.endswith(".weight") or "exp_probs_b" in tensor.name:
+            raise CorruptModelError(f"{source.path}: {tensor.name} has shape {shape}, the keys say {n_rows} experts")
+        return OutTensor(name, shape, tensor.type, lambda: iter((data,)))
+    if width is not None:
+        shape = cut_shape(tensor, width)
+        ids = ids or list(range(n_rows))
+        return OutTensor(
+            name,
+            (len(ids), *shape[1:]),
+            tensor.type,
+            lambda: (cut_expert(tensor, il, e, width) for e in ids),
+        )
     if ids is None:
-        yield data
-    else:
-        yield from (data[e : e + 1] for e in ids)
+        return OutTensor(name, shape, tensor.type, lambda: iter((data,)))
+    if exact and "_exps" not in tensor.name:
+        ids = [*ids, *(e for e in range(n_rows) if e not in set(ids))]
+    rows = data.reshape(data.shape[n_ones:])
+    out = (*shape[:n_ones], len(ids), *shape[n_ones + 1 :])
+    if scale != 1.0:
+        return OutTensor(name, out, tensor.type, lambda: iter(((rows[ids] * scale).astype(rows.dtype),)))
+    return OutTensor(name, out, tensor.type, lambda: (rows[e : e + 1] for e in ids))
 
 
 # ---- what a person should know
 
 
-def _depth_warnings(source: Source, order: Sequence[int]) -> Iterator[str]:
-    if len(order) < source.n_layer:
-        yield (
-            f"{source.n_layer - len(order)} of {source.n_layer} layers are gone: only a model that was trained to be "
-            "cut in depth keeps its quality; measure it with `pyllamaernie compare`"
-        )
-        if source.get("attention.sliding_window") and source.get("attention.sliding_window_pattern") is None:
+def _training_warnings(source: Source, output: Path) -> Iterator[str]:
+    known = elastic.sub_models(source)
+    what = f"its file names {', '.join(sub.name for sub in known)}, not this one" if known else "its file names none"
+    yield (
+        f"only a sub-model that was trained as one keeps its quality, and {what}; measure it with "
+        f"`pyllamaernie compare {source.path.name} {output.name} -f test.txt`"
+    )
+
+
+def _window_warnings(source: Source, order: Sequence[int]) -> Iterator[str]:
+    if len(order) < source.n_layer and source.get("attention.sliding_window"):
+        if source.get("attention.sliding_window_pattern") is None:
             yield f"which layers of {source.arch} use a window is in its program code; check that the cut suits it"
 
 
-def _bias_warnings(source: Source, kept: Kept | None, n_expert: int) -> Iterator[str]:
+def _bias_warnings(source: Source, kept: Kept | None, n_expert: int, is_scaled: bool) -> Iterator[str]:
     """Softmax runs over fewer experts, so probabilities grow against a bias that is added to them."""
     if n_expert == source.n_expert or int(source.get("expert_gating_func", SOFTMAX)) != SOFTMAX:
         return
@@ -458,9 +345,11 @@ def _bias_warnings(source: Source, kept: Kept | None, n_expert: int) -> Iterator
             values = tensor.data.reshape(-1)[list(kept[place[1]][place[0]])]
             uneven += bool(values.max() > values.min())
     if uneven:
+        scaled = ", scaled by what they grew on average" if is_scaled else ""
         yield (
-            f"{uneven} routers add a correction bias to probabilities that now run over {n_expert} experts instead of "
-            f"{source.n_expert}: tokens near a tie can choose other kept experts than before"
+            f"{uneven} routers add a correction bias{scaled} to probabilities that now run over {n_expert} experts "
+            f"instead of {source.n_expert}: tokens near a tie can choose other kept experts than before "
+            "(prune --exact avoids it)"
         )
 
 
@@ -471,6 +360,8 @@ EPILOG = f"""examples:
   pyllamaernie slice ernie-21b.gguf -o small.gguf --layers 0-20,25-27
   pyllamaernie slice ernie-21b.gguf -o half.gguf --experts 32
   pyllamaernie slice ernie-21b-q4.gguf -o pruned-q4.gguf --experts plan.json
+  pyllamaernie slice ernie-21b.gguf -o narrow.gguf --expert-ff 1024 --imatrix imatrix.gguf
+  pyllamaernie slice ernie-5.gguf -o small.gguf --preset half
 
 Layers and experts are numbered from 0 as in MODEL; kept layers are renumbered. What stays is copied byte for byte, in
 every type, so a quantized file can be cut as well as its source. The projector of a vision model stays the same.
@@ -482,7 +373,12 @@ every type, so a quantized file can be cut as well as its source. The projector 
              were used. It is JSON:
              {{"format": "{PLAN_FORMAT}", "pools": {{"text": {{"1": [0, 2], "2": [1, 3]}}}}}}
              pools are text and vision, keys are layers, every list has the same length.
+  --expert-ff, --expert-ff-vl
+             neurons of each expert for text, for vision: the first N, or with --imatrix the N that add most. Columns of
+             a quantized type come in blocks, so N is a multiple of the block (32, or 256 for the K and IQ types).
   --top-k    experts per token; fewer are faster and worse.
+  --preset   a sub-model that MODEL was trained for, as ERNIE 5.0 is. Its file names them in {elastic.NAMES}; a file
+             without that key has none.
 
 A model that was not trained to be cut loses quality; `pyllamaernie compare MODEL OUT.gguf -f test.txt` says how much.
 exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough disk, 130 interrupted"""
@@ -495,20 +391,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cut = parser.add_argument_group("what to keep (at least one)")
     cut.add_argument("--layers", metavar="LIST", help="these layers, such as 0-20,25-27")
     cut.add_argument("--experts", metavar="N|PLAN", help="the first N experts, or those of a JSON plan")
+    cut.add_argument("--expert-ff", type=int, metavar="N", help="neurons of each expert for text")
+    cut.add_argument("--expert-ff-vl", type=int, metavar="N", help="neurons of each expert for vision")
     cut.add_argument("--top-k", type=int, metavar="K", help="experts that a token uses")
+    cut.add_argument("--preset", metavar="NAME", help="a sub-model that the file says it was trained for")
+    parser.add_argument("--imatrix", metavar="FILE", help="choose neurons by it (pyllamaernie imatrix)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.layers is None and args.experts is None and args.top_k is None:
-        print("pyllamaernie slice: nothing to cut; give --layers, --experts or --top-k", file=sys.stderr)
+    asked = (args.layers, args.experts, args.expert_ff, args.expert_ff_vl, args.top_k)
+    if args.preset is None and all(value is None for value in asked):
+        print(
+            "pyllamaernie slice: nothing to cut; give --layers, --experts, --expert-ff, --top-k or --preset",
+            file=sys.stderr,
+        )
         return EXIT_USAGE
+    if args.preset is not None and any(value is not None for value in (*asked, args.imatrix)):
+        print("pyllamaernie slice: --preset says all that is cut; give it alone", file=sys.stderr)
+        return EXIT_USAGE
+    if args.imatrix is not None and args.expert_ff is None and args.expert_ff_vl is None:
+        print("pyllamaernie slice: --imatrix chooses neurons; give --expert-ff or --expert-ff-vl too", file=sys.stderr)
+        return EXIT_USAGE
+    if args.preset is not None:
+        show("slice", slice_preset(args.model, args.output, args.preset, overwrite=args.overwrite))
+        return 0
     experts: int | Kept | None = None
     if args.experts is not None:
         experts = int(args.experts) if re.fullmatch(r"-?\d+", args.experts) else read_plan(args.experts)
     layers = None if args.layers is None else parse_layers(args.layers)
+    widths = {"text": args.expert_ff, "vision": args.expert_ff_vl}
     result = slice_model(
-        args.model, args.output, layers=layers, experts=experts, top_k=args.top_k, overwrite=args.overwrite
+        args.model,
+        args.output,
+        layers=layers,
+        experts=experts,
+        top_k=args.top_k,
+        expert_ff={pool: n for pool, n in widths.items() if n is not None},
+        importance=None if args.imatrix is None else read_importance(args.imatrix),
+        overwrite=args.overwrite,
     )
     show("slice", result)
     return 0

@@ -15,10 +15,13 @@ from gguf_models import gguf
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
 from pyllamaernie import Llama, _upstream, programs
-from pyllamaernie.errors import InputError
+from pyllamaernie.divergence import kl_rows
+from pyllamaernie.errors import InputError, PyllamaernieError
+from pyllamaernie.expert_scores import SCORES
 from pyllamaernie.imatrix import compute_imatrix
-from pyllamaernie.prune import SCORES, prune, rank_experts, report
-from pyllamaernie.slice_model import open_source, read_plan, slice_model
+from pyllamaernie.prune import prune, rank_experts, report
+from pyllamaernie.slice_model import read_plan, slice_model
+from pyllamaernie.slice_source import open_source
 
 N_EXPERT, N_USED = 8, checkpoints.SHAPES["moe"].n_expert_used
 PICTURES = [(gguf_models.picture(140, 196, seed=seed), gguf_models.QUESTION) for seed in range(6)]
@@ -74,6 +77,15 @@ def biases(path: Path, masked: dict[str, dict[int, list[int]]], *, even: bool = 
     return out
 
 
+def with_key(path: Path, out: Path, name: str, value: int) -> Path:
+    keys, tensors = _upstream.read_gguf(path)
+    keys[name] = _upstream.Key(name, "u32", value)
+    written = [_upstream.OutTensor(t.name, t.shape, t.type, lambda t=t: iter((t.data,))) for t in tensors]
+    arch = str(keys.pop("general.architecture").value)
+    _upstream.write_gguf(out, arch, list(keys.values()), written)
+    return out
+
+
 # ---- pruned = masked
 
 
@@ -88,7 +100,7 @@ def test_pruned_model_is_the_whole_one_with_masked_experts(
         path = tmp_path / "q.gguf"
         programs.run("llama-quantize", [gguf(kind), path, type_, 1], capture=True, timeout=60)
     whole = copy(path, tmp_path / "whole.gguf", biases(path, {}))
-    result, rankings = prune(whole, imatrices[kind], tmp_path / "pruned.gguf", keep=5, score="energy")
+    result, rankings = prune(whole, imatrices[kind], tmp_path / "pruned.gguf", keep=5, score="energy", force=True)
     assert result.n_expert == 5 and not any("bias" in line for line in result.warnings)
     removed = {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
     copy(path, tmp_path / "masked.gguf", biases(path, removed))
@@ -97,18 +109,86 @@ def test_pruned_model_is_the_whole_one_with_masked_experts(
     assert np.abs(logits(whole, kind) - expected).max() > 0.1 * expected.std(), "the removed experts must matter"
 
 
-def test_uneven_biases_are_warned_of(imatrices: dict[str, Path], tmp_path: Path) -> None:
-    result, _ = prune(gguf("moe"), imatrices["moe"], tmp_path / "out.gguf", keep=5)
-    assert any("3 routers add a correction bias" in line and "over 5 experts instead of 8" in line
+@pytest.mark.parametrize("type_", ["f32", "q8_0"])
+@pytest.mark.parametrize("kind", ["moe", "vl"])
+def test_exact_pruning_is_masking_with_any_bias(
+    kind: str, type_: str, imatrices: dict[str, Path], tmp_path: Path
+) -> None:
+    """The routers stay whole, so that the choice among the kept experts is that of the whole model."""
+    path = gguf(kind)
+    if type_ != "f32":
+        path = tmp_path / "q.gguf"
+        programs.run("llama-quantize", [gguf(kind), path, type_, 1], capture=True, timeout=60)
+    result, rankings = prune(path, imatrices[kind], tmp_path / "exact.gguf", keep=5, exact=True, force=True)
+    assert result.n_expert == 5 and not result.warnings
+    removed = {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
+    copy(path, tmp_path / "masked.gguf", biases(path, removed, even=False))
+    expected, exact = logits(tmp_path / "masked.gguf", kind), logits(tmp_path / "exact.gguf", kind)
+    assert np.abs(exact - expected).max() < 1e-4 * expected.std()
+    prune(path, imatrices[kind], tmp_path / "compact.gguf", keep=5, force=True)
+    compact = logits(tmp_path / "compact.gguf", kind)
+    assert np.abs(compact - expected).max() > 1e-3 * expected.std(), "the bias must matter here"
+
+
+def test_file_with_whole_routers_can_be_cut_and_quantized_but_not_pruned_again(
+    imatrices: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "exact.gguf"
+    prune(gguf("moe"), imatrices["moe"], path, keep=5, exact=True, force=True)
+    source = open_source(path)
+    assert (source.n_expert, source.n_stored) == (8, 5)
+    shapes = {t.name: t.shape for t in source.tensors}
+    assert shapes["blk.1.ffn_gate_inp.weight"][0] == 8 and shapes["blk.1.ffn_down_exps.weight"][0] == 5
+    result = slice_model(path, tmp_path / "short.gguf", layers=[0, 1, 3], top_k=2)
+    assert result.n_expert == 5 and np.isfinite(logits(tmp_path / "short.gguf", "moe")).all()
+    for name, model in (("q8-whole.gguf", gguf("moe")), ("q8-exact.gguf", path)):
+        programs.run("llama-quantize", [model, tmp_path / name, "q8_0", 1], capture=True, timeout=60)
+    prune(tmp_path / "q8-whole.gguf", imatrices["moe"], tmp_path / "q8-cut.gguf", keep=5, exact=True, force=True)
+    one, two = ({t.name: t.data.tobytes() for t in _upstream.read_gguf(tmp_path / f"q8-{n}.gguf")[1]}
+                for n in ("exact", "cut"))  # fmt: skip
+    assert one == two, "first cut and then quantized, or the other way round"
+    compute_imatrix(path, text, tmp_path / "i.gguf", chunk=128, n_chunks=2, n_threads=1)
+    for options, match in (({"experts": 4}, "pruned with whole routers"), ({"top_k": 6}, "take 1 to 5")):
+        with pytest.raises(InputError, match=match):
+            slice_model(path, tmp_path / "never.gguf", **options)
+    with pytest.raises(InputError, match="pruned with whole routers"):
+        prune(path, tmp_path / "i.gguf", tmp_path / "never.gguf", keep=4, force=True)
+
+
+@pytest.mark.parametrize("n_stored", [2, 9, 6])
+def test_wrong_number_of_stored_experts_does_not_load(
+    n_stored: int, imatrices: dict[str, Path], tmp_path: Path
+) -> None:
+    prune(gguf("moe"), imatrices["moe"], tmp_path / "exact.gguf", keep=5, exact=True, force=True)
+    wrong = with_key(tmp_path / "exact.gguf", tmp_path / "wrong.gguf", "ernie4_5-moe.expert_stored_count", n_stored)
+    with pytest.raises(
+        PyllamaernieError, match="wrong shape" if n_stored == 6 else f"expert_stored_count is {n_stored}"
+    ):
+        Llama(wrong, n_threads=1)
+
+
+def test_uneven_biases_are_scaled_and_warned_of(imatrices: dict[str, Path], tmp_path: Path) -> None:
+    result, rankings = prune(gguf("moe"), imatrices["moe"], tmp_path / "out.gguf", keep=6)
+    assert any("3 routers add a correction bias, scaled" in line and "over 6 experts instead of 8" in line
                for line in result.warnings)  # fmt: skip
+    old, new = ({t.name: t.data for t in _upstream.read_gguf(p)[1]} for p in (gguf("moe"), tmp_path / "out.gguf"))
+    sums = {t.name: np.array(t.data) for t in _upstream.read_gguf(imatrices["moe"])[1]}
+    for r in rankings:
+        prob = sums[f"blk.{r.layer}.ffn_down_exps.weight.experts.prob"]
+        assert prob.sum() == pytest.approx(sums["blk.0.attn_q.weight.counts"].sum(), rel=1e-4), "one for each token"
+        growth = prob.sum() / prob[list(r.kept)].sum()
+        name = f"blk.{r.layer}.exp_probs_b.bias"
+        expected = old[name].reshape(-1)[list(r.kept)] * growth
+        np.testing.assert_allclose(new[name].reshape(-1), expected, rtol=1e-5)
 
 
 # ---- planted truths
 
 
-def test_experts_that_are_never_chosen_go_first(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 10), marks=pytest.mark.slow)])
+def test_experts_that_are_never_chosen_go_first(seeds: range, text: Path, tmp_path: Path) -> None:
     """Two dead experts in each layer, other ones in each of 10 seeds; without them nothing changes."""
-    for seed in range(10):
+    for seed in seeds:
         rng = np.random.default_rng(seed)
         dead = {il: sorted(rng.choice(N_EXPERT, 2, replace=False).tolist()) for il in (1, 2, 3)}
         model = copy(gguf("moe"), tmp_path / "model.gguf", biases(gguf("moe"), {"text": dead}))
@@ -141,10 +221,22 @@ def test_rare_and_strong_expert_is_kept_by_energy_and_dropped_by_count(text: Pat
     down[3] *= 20
     model = copy(gguf("moe"), tmp_path / "model.gguf", {**change, "blk.2.ffn_down_exps.weight": down})
     compute_imatrix(model, text, tmp_path / "i.gguf", chunk=128, n_threads=1)
-    by = {score: rank_experts(model, tmp_path / "i.gguf", keep=6, score=score)[1] for score in SCORES}
+    by = {s: rank_experts(model, tmp_path / "i.gguf", keep=6, score=s, force=True)[1] for s in SCORES}
     share = by["count"].counts / by["count"].counts.sum() * N_USED
     assert 0 < share[3] < 0.05 and share.argmin() == 3
-    assert 3 in by["count"].removed and 3 in by["energy"].kept and 3 in by["norm"].kept
+    assert all(3 in by[s].removed for s in ("count", "weight"))
+    assert all(3 in by[s].kept for s in ("energy", "norm", "reap", "output"))
+    ids = np.random.default_rng(3).integers(5, 500, 256).tolist()
+    kls = {}
+    with Llama(model, n_ctx=512, n_threads=1) as whole:
+        reference = whole.logits(ids)
+    for score in ("count", "reap"):
+        out = tmp_path / f"{score}.gguf"
+        prune(model, tmp_path / "i.gguf", out, keep=6, score=score, exact=True, force=True)
+        with Llama(out, n_ctx=512, n_threads=1) as llm:
+            kls[score] = kl_rows(reference, llm.logits(ids))[0].mean()
+    assert kls["reap"] < 0.9 * kls["count"], kls
+    assert 3 in rank_experts(model, tmp_path / "i.gguf", keep=6, score="count")[1].kept, "it is beyond all others"
 
 
 def test_energy_is_the_output_norm_for_uncorrelated_inputs(imatrices: dict[str, Path], tmp_path: Path) -> None:
@@ -155,7 +247,8 @@ def test_energy_is_the_output_norm_for_uncorrelated_inputs(imatrices: dict[str, 
     only = np.zeros_like(tensors[name])
     only[:, :, 7] = tensors[name][:, :, 7]
     model = copy(gguf("moe"), tmp_path / "model.gguf", {name: only})
-    count, energy, norm = (rank_experts(model, imatrices["moe"], keep=8, score=score)[0] for score in SCORES)
+    scores = ("count", "energy", "norm")
+    count, energy, norm = (rank_experts(model, imatrices["moe"], keep=8, score=score)[0] for score in scores)
     for e in range(N_EXPERT):
         outputs = sum(w * w for w in only[e, :, 7].astype(float)) * sums[f"{name}.in_sum2"][e, 7]
         assert energy.scores[e] == pytest.approx(outputs, rel=1e-5)
@@ -167,7 +260,7 @@ def test_energy_is_the_output_norm_for_uncorrelated_inputs(imatrices: dict[str, 
 
 def test_ratio_is_the_share_that_stays(imatrices: dict[str, Path]) -> None:
     for ratio, n in ((1, 8), (0.75, 6), (0.7, 6), (0.5, 4), (0.01, 1)):
-        assert {len(r.kept) for r in rank_experts(gguf("moe"), imatrices["moe"], ratio=ratio)} == {n}
+        assert {len(r.kept) for r in rank_experts(gguf("moe"), imatrices["moe"], ratio=ratio, force=True)} == {n}
 
 
 def test_plan_makes_the_same_file_again(imatrices: dict[str, Path], tmp_path: Path) -> None:
@@ -175,7 +268,8 @@ def test_plan_makes_the_same_file_again(imatrices: dict[str, Path], tmp_path: Pa
     _, rankings = prune(gguf("vl"), imatrices["vl"], tmp_path / "a.gguf", ratio=0.6, top_k=2, plan=plan)
     slice_model(gguf("vl"), tmp_path / "b.gguf", experts=read_plan(plan), top_k=2)
     one, two = ({t.name: t.data.tobytes() for t in _upstream.read_gguf(tmp_path / n)[1]} for n in ("a.gguf", "b.gguf"))
-    assert one == two
+    differ = {name for name in one if one[name] != two[name]}
+    assert one.keys() == two.keys() and all("exp_probs_b" in name for name in differ), "a plan has no scales of biases"
     value = json.loads(plan.read_text())
     assert value["pools"]["vision"]["2"]["kept"] == list(rankings[4].kept) and value["n_kept"] == 5
     assert value["pools"]["text"]["1"]["counts"] == rankings[0].counts.tolist()
@@ -203,13 +297,17 @@ def test_refusals_name_the_value_and_leave_no_file(imatrices: dict[str, Path], t
     copy(imatrices["moe"], not_finite, {"blk.1.ffn_down_exps.weight.in_sum2": nan})
     old = tmp_path / "imatrix.dat"
     old.write_bytes(b"\x01\0\0\0")
-    other = tmp_path / "other.gguf"
+    plain, grouped, other = tmp_path / "plain.gguf", tmp_path / "grouped.gguf", tmp_path / "other.gguf"
+    compute_imatrix(gguf("moe"), text, plain, chunk=128, n_chunks=1, n_threads=1, experts=False)
+    with_key(gguf("moe"), grouped, "ernie4_5-moe.expert_group_count", 2)
     slice_model(gguf("moe"), other, experts=4)
     before = sorted(tmp_path.iterdir())
     moe = imatrices["moe"]
     for match, model, imatrix, options in [
-        ("needs gate weights, which no importance matrix holds; take one of count, energy, norm", gguf("moe"), moe,
-         {"keep": 4, "score": "reap"}),
+        ("no blk.1.ffn_down_exps.weight.experts.gate_out, which the score 'reap' needs; make the file", gguf("moe"),
+         plain, {"keep": 6, "score": "reap"}),
+        ("4 experts are less than 2 for each of the 3 .* keep at least 6", gguf("moe"), moe, {"keep": 4}),
+        ("whole routers are only possible for ernie4_5-moe", grouped, moe, {"keep": 6, "exact": True}),
         ("'best' is not known", gguf("moe"), moe, {"keep": 4, "score": "best"}),
         ("9 experts cannot be kept; .* has 8", gguf("moe"), moe, {"keep": 9}),
         ("a token uses 3 experts, 2 would be left", gguf("moe"), moe, {"keep": 2}),
@@ -217,12 +315,12 @@ def test_refusals_name_the_value_and_leave_no_file(imatrices: dict[str, Path], t
         ("not both", gguf("moe"), moe, {"keep": 4, "ratio": 0.5}),
         ("has no experts", gguf("dense"), moe, {"keep": 4}),
         ("no statistics for blk.1.ffn_down_exps_vl.weight; experts for vision need pictures", gguf("vl"), only_text,
-         {"keep": 4}),
-        ("is of another model: .* has 8 counts", other, moe, {"keep": 4}),
-        ("not all finite", gguf("moe"), not_finite, {"keep": 4}),
-        ("cannot be read as an importance matrix", gguf("moe"), broken, {"keep": 4}),
-        ("is not a GGUF importance matrix", gguf("moe"), old, {"keep": 4}),
-        ("expected 'imatrix'", gguf("moe"), gguf("moe"), {"keep": 4}),
+         {"keep": 6}),
+        ("is of another model: .* has 8 counts", other, moe, {"keep": 4, "force": True}),
+        ("not all finite", gguf("moe"), not_finite, {"keep": 6}),
+        ("cannot be read as an importance matrix", gguf("moe"), broken, {"keep": 6}),
+        ("is not a GGUF importance matrix", gguf("moe"), old, {"keep": 6}),
+        ("expected 'imatrix'", gguf("moe"), gguf("moe"), {"keep": 6}),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=match):
             prune(model, imatrix, tmp_path / "out.gguf", **options)
@@ -234,7 +332,8 @@ def test_unused_experts_and_a_narrow_choice_are_reported(text: Path, tmp_path: P
     compute_imatrix(model, text, tmp_path / "i.gguf", chunk=128, n_threads=1)
     lines = list(report(*prune(model, tmp_path / "i.gguf", tmp_path / "out.gguf", keep=6)))
     assert len(lines) == 1 and "never reached 3 experts of 1 layers (layer 2: 0, 1, 5), 1 of them kept" in lines[0]
-    lines = list(report(*prune(model, tmp_path / "i.gguf", tmp_path / "out.gguf", keep=5, overwrite=True)))
+    forced = prune(model, tmp_path / "i.gguf", tmp_path / "out.gguf", keep=5, overwrite=True, force=True)
+    lines = list(report(*forced))
     assert len(lines) == 2 and "a token uses 3 of 5 experts" in lines[1]
 
 
@@ -251,10 +350,10 @@ def test_verb_prunes_and_says_what_it_did(imatrices: dict[str, Path], tmp_path: 
     for words, code, match in [
         ([], 2, "--keep"),
         (["--keep", 4, "--ratio", 0.5], 2, "not allowed"),
-        (["--keep", 4, "--score", "best"], 2, "count, energy, norm, got best"),
-        (["--keep", 4, "--score", "weight"], 1, "needs gate weights"),
+        (["--keep", 4, "--score", "best"], 2, "reap_sum, output, got best"),
+        (["--keep", 4, "--score", "reap"], 1, "--force"),
         (["--keep", 4, "--plan", "none/plan.json"], 1, "is not a folder"),
-        (["--keep", 4], 1, "exists"),
+        (["--keep", 6], 1, "exists"),
     ]:
         done = verb(*words)
         assert (done.returncode, done.stdout) == (code, "") and match in done.stderr, (words, done.stderr)

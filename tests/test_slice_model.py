@@ -20,7 +20,8 @@ pytest.importorskip("pyllamaernie._core", reason="the native module is not built
 from pyllamaernie import Llama, _upstream, programs
 from pyllamaernie.convert import convert
 from pyllamaernie.errors import CorruptModelError, InputError, ModelNotFoundError, UnsupportedInputError
-from pyllamaernie.slice_model import first_experts, open_source, parse_layers, read_plan, slice_model
+from pyllamaernie.slice_model import first_experts, parse_layers, read_plan, slice_model, slice_preset
+from pyllamaernie.slice_source import open_source
 
 IDS = [5, 60, 200, 17, 300, 42, 90, 7, 150, 33, 410, 8]
 OPTIONS = {"type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_threads": 1}
@@ -271,7 +272,7 @@ def verb(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_verb_cuts_and_warns(tmp_path: Path) -> None:
     done = verb(gguf("moe"), "-o", "a.gguf", "--layers", "0-1,3", "--experts", 4, "--top-k", 2, cwd=tmp_path)
     assert done.returncode == 0 and "3 layers, 4 experts, 2 per token" in done.stdout, done.stderr
-    assert "1 of 4 layers are gone" in done.stderr and "correction bias" in done.stderr
+    assert "its file names none" in done.stderr and "correction bias" in done.stderr
     done = verb(gguf("moe"), "-o", "b.gguf", cwd=tmp_path)
     assert done.returncode == 2 and "give --layers, --experts or --top-k" in done.stderr
     (tmp_path / "plan.json").write_text('{"format": "other"}')

@@ -3,6 +3,7 @@
 // conversion and the frequencies put right by rope_freqs.
 
 #include "models.h"
+#include "pyllamaernie-experts.h"
 
 static bool ernie4_5_vl_moe_is_sparse(const llama_hparams & hparams, int il) {
     return uint32_t(il) >= hparams.n_layer_dense_lead && (il + 1) % hparams.n_moe_layer_step == 0;
@@ -32,7 +33,7 @@ void llama_model_ernie4_5_vl_moe::load_arch_hparams(llama_model_loader & ml) {
     type = LLM_TYPE_UNKNOWN;
 }
 
-void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader &) {
+void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader & ml) {
     LLAMA_LOAD_LOCALS;
 
     tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
@@ -48,6 +49,7 @@ void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader &) {
     const int64_t n_ff_exp    = hparams.n_ff_exp();
     const int64_t n_ff_exp_vl = hparams.n_ff_exp_vl;
     const int64_t n_ff_shexp  = hparams.n_ff_shexp;
+    const int64_t n_stored    = ernie4_5_n_expert_stored(ml, hparams);
 
     for (int i = 0; i < n_layer; ++i) {
         auto & layer = layers[i];
@@ -71,15 +73,15 @@ void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader &) {
 
         layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP,     "weight", i), {n_embd, n_expert}, 0);
         layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B,  "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
-        layer.ffn_gate_exps   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS,    "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
-        layer.ffn_down_exps   = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS,    "weight", i), {n_ff_exp,   n_embd, n_expert}, 0);
-        layer.ffn_up_exps     = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS,      "weight", i), {  n_embd, n_ff_exp, n_expert}, 0);
+        layer.ffn_gate_exps   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS,    "weight", i), {  n_embd, n_ff_exp, n_stored}, 0);
+        layer.ffn_down_exps   = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS,    "weight", i), {n_ff_exp,   n_embd, n_stored}, 0);
+        layer.ffn_up_exps     = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS,      "weight", i), {  n_embd, n_ff_exp, n_stored}, 0);
 
         layer.ffn_gate_inp_vl    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP_VL,    "weight", i), {n_embd, n_expert}, 0);
         layer.ffn_exp_probs_b_vl = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B_VL, "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
-        layer.ffn_gate_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS_VL,   "weight", i), {  n_embd, n_ff_exp_vl, n_expert}, 0);
-        layer.ffn_down_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS_VL,   "weight", i), {n_ff_exp_vl,   n_embd, n_expert}, 0);
-        layer.ffn_up_exps_vl     = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS_VL,     "weight", i), {  n_embd, n_ff_exp_vl, n_expert}, 0);
+        layer.ffn_gate_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS_VL,   "weight", i), {  n_embd, n_ff_exp_vl, n_stored}, 0);
+        layer.ffn_down_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS_VL,   "weight", i), {n_ff_exp_vl,   n_embd, n_stored}, 0);
+        layer.ffn_up_exps_vl     = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS_VL,     "weight", i), {  n_embd, n_ff_exp_vl, n_stored}, 0);
 
         if (n_ff_shexp > 0) {
             layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", i), {    n_embd, n_ff_shexp}, 0);
@@ -98,6 +100,8 @@ llama_model_ernie4_5_vl_moe::graph::expert_banks llama_model_ernie4_5_vl_moe::gr
     // everything that the banks share is in the graph, and marked, before the first bank is
     ggml_build_forward_expand(gf, cur);
     const int n_nodes_shared = ggml_graph_n_nodes(gf);
+
+    const ernie4_5_moe_ffn build_moe_ffn = { *this };
 
     expert_banks banks;
     banks.text = build_moe_ffn(cur,
