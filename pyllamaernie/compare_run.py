@@ -40,10 +40,14 @@ SAME = "only files with the same vocabulary can be compared"
 class _Model:
     """A file with a context of its own for exact rows; the engine's context is only for timing."""
 
-    def __init__(self, header: Header, mmproj: Any, n_threads: int | None, n_ctx: int, *, speed: bool) -> None:
+    def __init__(
+        self, header: Header, mmproj: Any, n_threads: int | None, n_ctx: int, *, speed: bool, use_mmap: bool = True
+    ) -> None:
         n_engine = min(N_PREFILL + N_DECODE if speed else 1, int(header.get("context_length") or N_PREFILL))
         self.header = header
-        self.llm: Llama = Llama(header.path, mmproj=mmproj, n_threads=n_threads, n_ctx=max(n_engine, 64))
+        self.llm: Llama = Llama(
+            header.path, mmproj=mmproj, n_threads=n_threads, n_ctx=max(n_engine, 64), use_mmap=use_mmap
+        )
         try:
             info = self.llm._info
             self.n_ctx_train = int(info["n_ctx_train"])

@@ -1,0 +1,454 @@
+"""From a model and a size to a type for every tensor: errors measured, effects probed, a plan solved, and it too measured.
+
+The loss of a choice is KL of the whole model: error of the tensor (`measure.py`) through a curve that probes give
+(`probe.py`). What the solver finds is then run; with few bits, where losses do not add, the curves are corrected at that
+point and the best plan that was measured is kept. Stock presets and single types of the same size run too: if one of
+them is better, it is the plan, and the plan says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyllamaernie.errors import InputError, PyllamaernieError
+from pyllamaernie.quant import budget
+from pyllamaernie.quant.importance import Importance, read_importance
+from pyllamaernie.quant.measure import ErrorTable, is_quantizable, measure
+from pyllamaernie.quant.native import TYPES
+from pyllamaernie.quant.plan_table import (
+    Curve,
+    Item,
+    file_bytes,
+    fit_curve,
+    groups_of,
+    header_bytes,
+    item_error,
+    item_types,
+    items_of,
+    prior_curves,
+    quantizable_names,
+    scaled,
+    solver_table,
+)
+from pyllamaernie.quant.presets import PRESETS, preset_types
+from pyllamaernie.quant.source import ModelSource, gguf_source
+
+if TYPE_CHECKING:
+    from pyllamaernie.quant.probe import Probe
+
+log = logging.getLogger("pyllamaernie.quant")
+
+PLAN_FORMAT = 1
+PROBES = ("auto", "none", "groups", "each")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A file that anybody could make without a plan, its size, and its KL on the selection data if it was run."""
+
+    name: str
+    size_bytes: int
+    kl: float | None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A type for every tensor of a model. `solved` holds sizes, losses and the proven bound of the solver.
+
+    `kl_predicted` and `kl_measured` are on the selection data, None where nothing ran. `size_bytes` is the whole file.
+    `source` says what the plan is: "solved", or the name of the baseline that was better. `notes` is for people.
+    """
+
+    model: str
+    fingerprint: str
+    importance: str | None
+    budget_bytes: int
+    size_bytes: int
+    n_params: int
+    source: str
+    types: Mapping[str, str]
+    kl_predicted: float | None
+    kl_measured: float | None
+    baselines: tuple[Baseline, ...]
+    curves: Mapping[str, Curve]
+    notes: tuple[str, ...]
+    solved: budget.Plan
+
+    @property
+    def bpw(self) -> float:
+        return self.solved.bpw
+
+    def recipe(self) -> str:
+        """Text for `llama-quantize --tensor-type-file`; CCQ types need this package's llama-quantize."""
+        return self.solved.recipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {k: v for k, v in self.__dict__.items() if k not in ("solved", "curves", "baselines")}
+        out |= {"types": dict(self.types), "notes": list(self.notes)}
+        out |= {"curves": {label: asdict(c) for label, c in sorted(self.curves.items())}}
+        out |= {"baselines": [asdict(b) for b in self.baselines], "solved": self.solved.to_dict()}
+        return {"format": PLAN_FORMAT, **out}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelPlan:
+        """The plan that `to_json` described. Raises: InputError when it is none, or of another version."""
+        try:
+            data = json.loads(text)
+            if data["format"] != PLAN_FORMAT:
+                raise InputError(f"plan format is {data['format']!r}, this version reads {PLAN_FORMAT}; make it again")
+            fields = {k: v for k, v in data.items() if k != "format"}
+            fields["solved"] = budget.Plan.from_dict(fields["solved"])
+            fields["curves"] = {label: Curve(**c) for label, c in fields["curves"].items()}
+            fields["baselines"] = tuple(Baseline(**b) for b in fields["baselines"])
+            fields["notes"] = tuple(fields["notes"])
+            return cls(**fields)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a plan: {error}; `pyllamaernie plan` makes one") from None
+
+
+# ---- making it
+
+
+N_OPERATING = 2  # rounds of correcting the curves at the plan itself
+OPERATING_BPW = 3.5  # below this many bits the losses of tensors do not add
+N_TRIALS = 16  # plans from varied curves that are run as well
+SPREAD = 0.25  # of the logarithm of a curve, when it is varied
+N_CHUNKS_PROBE = 8
+PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")  # whose encoders are fast
+HIGHER = 1.5  # bits between the two probes of a group
+
+
+def make_plan(
+    source: ModelSource | str | os.PathLike[str],
+    *,
+    size_bytes: int | None = None,
+    bpw: float | None = None,
+    importance: Importance | str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    pictures: Sequence[tuple[Any, str]] = (),
+    **options: Any,
+) -> ModelPlan:
+    """The best plan for a size: `size_bytes` of the whole file on disk, or `bpw`, bits of all tensors per weight.
+
+    `text` and `pictures`, (picture, question) pairs, are what plans are measured on; without them, or with
+    `probe="none"`, losses are judged by what such tensors meant in other models. Options as for `Planner`.
+    Raises: InputError, BudgetError (naming the smallest size), QuantizeError, the load errors of `Llama`.
+    """
+    if (size_bytes is None) == (bpw is None):
+        raise InputError(f"give size_bytes or bpw, one of both; got {size_bytes!r} and {bpw!r}")
+    with Planner(source, importance=importance, text=text, pictures=pictures, **options) as planner:
+        return planner.plan(planner.size_of(bpw) if size_bytes is None else size_bytes)
+
+
+class Planner:
+    """Everything about a model that plans for several sizes share: errors, the loaded model, what was probed.
+
+    `probe`: none; groups (a role in a quarter of the depth), each (every tensor alone), auto (groups if there is
+    something to run). `rules` pin or limit types, `types` are the only ones that tensors may have. `baselines`: also run
+    stock presets and single types. `cache`: a folder that keeps the errors between runs. Progress goes to stderr.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource | str | os.PathLike[str],
+        *,
+        importance: Importance | str | os.PathLike[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        pictures: Sequence[tuple[Any, str]] = (),
+        mmproj: str | os.PathLike[str] | None = "auto",
+        probe: str = "auto",
+        rules: Sequence[budget.Rule] = (),
+        types: Sequence[str] | None = None,
+        baselines: bool = True,
+        n_trials: int = N_TRIALS,
+        n_chunks: int | None = None,
+        n_threads: int | None = None,
+        seed: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+    ) -> None:
+        from pyllamaernie.options import n_cpu
+
+        if probe not in PROBES:
+            raise InputError(f"probe {probe!r}: must be one of {', '.join(PROBES)}")
+        if probe in ("groups", "each") and text is None and not pictures:
+            raise InputError(f"probe {probe!r} runs the model: give a text, pictures, or both")
+        self.source = source if isinstance(source, ModelSource) else gguf_source(source)
+        given = importance is None or isinstance(importance, Importance)
+        self.importance: Importance | None = importance if given else read_importance(importance)  # type: ignore[assignment,arg-type]
+        self.rules, self.baselines, self.n_trials, self.seed = tuple(rules), baselines, n_trials, seed
+        self.n_params = sum(math.prod(w.shape) for w in self.source.weights)
+        self.notes: list[str] = []
+        self._bar = _Bar(progress)
+        n_threads = n_threads or n_cpu()
+        with self._bar.stage("errors of types", len(quantizable_names(self.source))) as step:
+            self.errors: ErrorTable = measure(
+                self.source,
+                self.importance,
+                types=types,
+                seed=seed,
+                n_threads=n_threads,
+                cache=cache,
+                on_tensor=lambda done, total: step(),
+            )
+        self.items = items_of(quantizable_names(self.source))
+        self.groups = groups_of(self.items, each=probe == "each")
+        self.probe: Probe | None = None
+        self._probed: dict[tuple[str, tuple[str, ...]], float] = {}
+        if probe != "none" and (text is not None or pictures):
+            from pyllamaernie.quant.probe import N_CHUNKS, Probe
+
+            self.probe = Probe(
+                self.source,
+                self.importance,
+                text,
+                pictures=pictures,
+                mmproj=mmproj,
+                n_chunks=n_chunks or N_CHUNKS,
+                n_threads=n_threads,
+            )
+
+    def close(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+
+    def __enter__(self) -> Planner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def size_of(self, bpw: float) -> int:
+        """Bytes of a file whose tensors have so many bits per weight."""
+        if not bpw > 0:
+            raise InputError(f"bpw is a positive number, got {bpw}")
+        return header_bytes(self.source, self.importance, {}) + int(bpw * self.n_params / 8)
+
+    # ---- one size
+
+    def plan(self, size_bytes: int) -> ModelPlan:
+        """The best plan for a file of at most this size. Raises: BudgetError, InputError."""
+        header = header_bytes(self.source, self.importance, {})
+        bits = 8 * (size_bytes - header) / self.n_params
+        curves = self._curves(bits)
+        solved = self._solve(curves, size_bytes, header)
+        predicted = solved.loss if self.probe is not None else None
+        found: list[Baseline] = []
+        source, measured = "solved", None
+        if self.probe is not None:
+            measured, curves, solved = self._measured(curves, solved, size_bytes, header, bits)
+        if self.baselines:
+            found, better = self._baselines(size_bytes, measured)
+            if better is not None:
+                source, types, measured = better
+                solved = self._fixed(types, size_bytes, header)
+        types = solved.types
+        n_bytes = file_bytes(self.source, self.importance, types)
+        if n_bytes > size_bytes:
+            raise PyllamaernieError(f"the plan needs {n_bytes} bytes, more than {size_bytes}: a fault of the planner")
+        return ModelPlan(
+            model=self.source.path.name,
+            fingerprint=self.source.fingerprint,
+            importance=None if self.importance is None else self.importance.digest(),
+            budget_bytes=size_bytes,
+            size_bytes=n_bytes,
+            n_params=self.n_params,
+            source=source,
+            types=types,
+            kl_predicted=predicted,
+            kl_measured=measured,
+            baselines=tuple(found),
+            curves=curves,
+            notes=tuple(self._notes(source, predicted, measured)),
+            solved=solved,
+        )
+
+    def _solve(self, curves: Mapping[str, Curve], size_bytes: int, header: int) -> budget.Plan:
+        table = solver_table(self.source, self.errors, self.groups, curves)
+        ties = [item.names for item in self.items if len(item.names) > 1]
+        return budget.solve(table, size_bytes, fixed_bytes=header, ties=ties, rules=self.rules)
+
+    def _fixed(self, types: Mapping[str, str], size_bytes: int, header: int) -> budget.Plan:
+        """A known choice of types in the form of a solved plan."""
+        rows = []
+        for w in self.source.weights:
+            t = types.get(w.name, w.type)
+            n_bytes = w.n_bytes if t == w.type else TYPES[t].row_bytes(w.n_cols) * w.n_rows
+            candidate = budget.Candidate(t, -(-n_bytes // budget.ALIGNMENT) * budget.ALIGNMENT, 0.0)
+            rows.append(budget.Tensor(w.name, math.prod(w.shape), (candidate,), is_quantizable(w)))
+        return budget.solve(rows, size_bytes, fixed_bytes=header)
+
+    # ---- probes
+
+    def _curves(self, bits: float) -> dict[str, Curve]:
+        """The curve of every group, from two probes with errors like those of types of about so many bits."""
+        if self.probe is None:
+            return prior_curves(self.groups)
+        curves = {}
+        with self._bar.stage("probes", 2 * len(self.groups)) as step:
+            for label, items in self.groups.items():
+                points = []
+                for target in (bits, bits + HIGHER):
+                    chosen = [self._probe_type(item, target) for item in items]
+                    key = (label, tuple(chosen))
+                    if key not in self._probed:
+                        types = {n: t for item, t in zip(items, chosen, strict=True) for n in item.names}
+                        self.probe.restore()
+                        self.probe.set_types(types)
+                        self._probed[key] = self.probe.kl(N_CHUNKS_PROBE)
+                    errors = [item_error(i, self.errors, t) for i, t in zip(items, chosen, strict=True)]
+                    points.append((self._probed[key], errors))
+                    step()
+                curves[label] = fit_curve(points)
+        self.probe.restore()
+        return curves
+
+    def _probe_type(self, item: Item, bits: float) -> str:
+        """A type with a fast encoder and about the error of the item's best type of at most so many bits."""
+        names = item_types(item, self.errors)
+        usual = [t for t in names if TYPES[t].bpw <= bits] or [min(names, key=lambda t: (TYPES[t].bpw, t))]
+        target = math.log(max(min(item_error(item, self.errors, t) for t in usual), 1e-12))
+        fast = [t for t in names if t in PROBE_TYPES] or names
+        return min(fast, key=lambda t: (abs(math.log(max(item_error(item, self.errors, t), 1e-12)) - target), t))
+
+    def _measured(
+        self, curves: dict[str, Curve], solved: budget.Plan, size_bytes: int, header: int, bits: float
+    ) -> tuple[float, dict[str, Curve], budget.Plan]:
+        """The best of the plans that were run: the first, those of corrected curves, those of varied ones."""
+        assert self.probe is not None
+        n_rounds = N_OPERATING if bits < OPERATING_BPW else 1
+        rng = np.random.default_rng(self.seed)
+        best = (self._run(solved.types), curves, solved)
+        seen = {tuple(solved.types.items())}
+        with self._bar.stage("plans", n_rounds + self.n_trials) as step:
+            for turn in range(n_rounds + self.n_trials):
+                if turn < n_rounds:
+                    curves = self._corrected(curves, solved.types)
+                else:
+                    curves = scaled(best[1], self._variation(rng))
+                solved = self._solve(curves, size_bytes, header)
+                if tuple(solved.types.items()) not in seen:
+                    seen.add(tuple(solved.types.items()))
+                    best = min(best, (self._run(solved.types), curves, solved), key=lambda x: x[0])
+                step()
+        return best
+
+    def _variation(self, rng: np.random.Generator) -> dict[str, float]:
+        """Factors for curves: one for each role, one for each bin of depth, a small one for each group."""
+        roles = {items[0].role: 0.0 for items in self.groups.values()}
+        roles = {role: rng.normal(0, SPREAD) for role in sorted(roles)}
+        slope = rng.normal(0, SPREAD)
+        n_layer = 1 + max((i.layer for i in self.items if i.layer is not None), default=0)
+        out = {}
+        for label, items in sorted(self.groups.items()):
+            depth = 0.0 if items[0].layer is None else 2 * items[0].layer / n_layer - 1
+            out[label] = math.exp(roles[items[0].role] + slope * depth + rng.normal(0, SPREAD / 2))
+        return out
+
+    def _run(self, types: Mapping[str, str], n_chunks: int | None = None) -> float:
+        assert self.probe is not None
+        names = {w.name for w in self.source.weights if is_quantizable(w)}
+        self.probe.set_types({name: t for name, t in types.items() if name in names})
+        return self.probe.kl(n_chunks)
+
+    def _corrected(self, curves: Mapping[str, Curve], types: Mapping[str, str]) -> dict[str, Curve]:
+        """Curves moved towards what exact weights for one group save inside of the plan."""
+        assert self.probe is not None
+        whole = self._run(types, N_CHUNKS_PROBE)
+        factors = {}
+        for label, items in self.groups.items():
+            names = [name for item in items for name in item.names]
+            expected = sum(curves[label].loss(item_error(i, self.errors, types[i.names[0]])) for i in items)
+            self.probe.restore(names)
+            saved = whole - self.probe.kl(N_CHUNKS_PROBE)
+            self.probe.set_types({name: types[name] for name in names})
+            if expected > 0:
+                factors[label] = min(max(saved / expected, 0.1), 10.0) ** 0.7
+        return scaled(curves, factors)
+
+    # ---- what anybody could make
+
+    def _baselines(
+        self, size_bytes: int, measured: float | None
+    ) -> tuple[list[Baseline], tuple[str, dict[str, str], float] | None]:
+        """The two largest presets and the two largest single types that fit, and the best if it beats the plan."""
+        fitting = []
+        for name, types in self.known_plans().items():
+            n_bytes = file_bytes(self.source, self.importance, types)
+            if n_bytes <= size_bytes:
+                fitting.append((n_bytes, name, types))
+        fitting.sort(key=lambda row: (-row[0], row[1]))
+        kept = [row for kind in ("stock", "all") for row in [r for r in fitting if r[1].startswith(kind)][:2]]
+        found, better = [], None
+        with self._bar.stage("stock presets", len(kept)) as step:
+            for n_bytes, name, types in kept:
+                kl = None if self.probe is None else self._run(types)
+                found.append(Baseline(name, n_bytes, kl))
+                if kl is not None and measured is not None and kl < min(measured, better[2] if better else measured):
+                    better = (name, types, kl)
+                step()
+        return found, better
+
+    def known_plans(self) -> dict[str, dict[str, str]]:
+        """Types by the name of the plan: presets of llama-quantize (where the model is one GGUF), single types."""
+        out: dict[str, dict[str, str]] = {}
+        if self.source.path.is_file() and not self.rules:
+            for preset in PRESETS:
+                try:
+                    types = preset_types(self.source.path, preset, self.importance and self.importance.path)
+                except PyllamaernieError:
+                    continue
+                out[f"stock {preset}"] = types
+        if not self.rules:
+            names = sorted({t for item in self.items for t in item_types(item, self.errors)})
+            for t in names:
+                chosen = {}
+                for item in self.items:
+                    larger = [u for u in item_types(item, self.errors) if TYPES[u].bpw >= TYPES[t].bpw]
+                    if larger:
+                        u = t if t in larger else min(larger, key=lambda u: (TYPES[u].bpw, u))
+                        chosen |= dict.fromkeys(item.names, u)
+                out[f"all {t}"] = chosen
+        return out
+
+    def _notes(self, source: str, predicted: float | None, measured: float | None) -> list[str]:
+        notes = list(self.notes)
+        if source != "solved":
+            notes.append(f"{source} was better than every plan that was solved and is used instead")
+        if self.probe is None:
+            notes.append("nothing was run: losses are guessed from other models; give a text to measure them")
+        elif source == "solved" and predicted and measured and not 0.5 <= measured / predicted <= 2:
+            notes.append(
+                f"the first plan's predicted KL of {predicted:.4g} is far from the best plan's {measured:.4g}: "
+                "losses do not add at this size, so trust the measured figure"
+            )
+        if self.importance is None:
+            notes.append("no importance matrix: every column counts alike, and types below three bits are left out")
+        return notes
+
+
+class _Bar:
+    """Progress bars on stderr, one for each stage."""
+
+    def __init__(self, show: bool) -> None:
+        self.show = show
+
+    @contextmanager
+    def stage(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=text, disable=not self.show, file=sys.stderr) as bar:
+            yield lambda: bar.update() and None

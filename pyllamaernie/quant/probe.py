@@ -1,0 +1,182 @@
+"""What coarser weights do to a model's output: types tried in place, in the memory of the loaded model.
+
+The model is loaded once in F32, F16 or BF16, without mapping. Tensors are overwritten with what is left of them after
+a type's encoder and decoder, the text and the pictures run again, and the mean KL to the exact model is what the type
+costs. Activations stay exact, so a file of the same types loses a little more (about what Q8_0 loses).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyllamaernie import _core
+from pyllamaernie.compare_run import N_CTX_PICTURES, _chunks, _Model, _prompt
+from pyllamaernie.divergence import kl_rows
+from pyllamaernie.errors import InputError
+from pyllamaernie.model import find_projector, free_memory_bytes, read_header
+from pyllamaernie.quant import native
+from pyllamaernie.quant.importance import Importance
+from pyllamaernie.quant.source import ModelSource, Weights
+from pyllamaernie.samples import read_text
+
+N_CTX = 512
+N_CHUNKS = 16
+N_LOGITS = 2**28  # of the reference are kept: 1 GiB; with more rows than that, evenly chosen ones
+CACHE_SHARE = 0.25  # of the free memory, for decoded weights that may be wanted again
+
+
+class Probe:
+    """A model whose tensors can be given other types. Use it as a context manager, or call `close()`.
+
+    `text` is a UTF-8 file, `pictures` holds (picture, question) pairs; at least one of both.
+    Raises: InputError; the load errors of `Llama`.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        importance: Importance | None,
+        text: str | os.PathLike[str] | None,
+        *,
+        pictures: Sequence[tuple[Any, str]] = (),
+        mmproj: str | os.PathLike[str] | None = "auto",
+        n_chunks: int = N_CHUNKS,
+        n_threads: int | None = None,
+    ) -> None:
+        from pyllamaernie.options import n_cpu
+
+        if text is None and not pictures:
+            raise InputError("nothing to probe with: give a text, pictures, or both")
+        self.weights: dict[str, Weights] = {w.name: w for w in source.weights}
+        self.importance = importance
+        self.types: dict[str, str] = {}  # what differs from the exact model
+        self.n_runs = 0
+        self.n_threads = n_threads or n_cpu()
+        self._cache: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self._cache_bytes = int(free_memory_bytes() * CACHE_SHARE)
+        header = read_header(source.path)
+        projector = find_projector(header, mmproj) if pictures else None
+        if pictures and projector is None:
+            raise InputError(f"{source.path} has no projector, so it takes no pictures; give its mmproj file")
+        self.model = _Model(
+            header,
+            None if projector is None else projector.path,
+            n_threads,
+            max(N_CTX, N_CTX_PICTURES if pictures else 0),
+            speed=False,
+            use_mmap=False,
+        )
+        try:
+            llm = self.model.llm
+            self.chunks: list[list[int]] = []
+            if text is not None:
+                ids = llm.tokenize(read_text(Path(text)), add_bos=True)
+                bos = llm.token_bos() if llm._info["add_bos"] else None
+                n_ctx = min(N_CTX, self.model.n_ctx_train)
+                self.chunks = _chunks(ids, n_ctx, n_chunks, self.model.n_ctx_train, bos)
+            prompts = [_prompt(self.model, picture, question) for picture, question in pictures]
+            self.prompts = [(prompt, self.model.answer(prompt)) for prompt in prompts]
+            self.reference = self._logits(keep=None)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.model.close()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- running
+
+    def kl(self, n_chunks: int | None = None) -> float:
+        """Mean KL to the exact model over the rows of the first chunks and all pictures, in nats."""
+        sums, rows = self.kl_parts(n_chunks)
+        return float(sums.sum() / rows.sum())
+
+    def kl_parts(self, n_chunks: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Sum of the KL and number of rows of each chunk and picture. Shapes: -> (n_parts,) twice."""
+        found = self._logits(keep=self.reference, n_chunks=n_chunks)
+        return np.array([kl.sum() for kl in found]), np.array([len(kl) for kl in found])
+
+    def _logits(self, keep: list[np.ndarray] | None, n_chunks: int | None = None) -> list[np.ndarray]:
+        """Logits of every part, or with `keep`, those of the exact model, the KL of each row to them."""
+        self.n_runs += 1
+        n_vocab = self.model.llm.n_vocab()
+        n_rows = sum(map(len, self.chunks)) + sum(len(p.behind) + len(answer) for p, answer in self.prompts)
+        step = -(-n_rows * n_vocab // N_LOGITS)
+        out = []
+
+        def count(logits: np.ndarray) -> None:
+            logits = logits[::step]
+            out.append(logits.copy() if keep is None else kl_rows(keep[len(out)], logits)[0])
+
+        for chunk in self.chunks[:n_chunks]:
+            self.model.session.clear()
+            count(self.model.rows(chunk, 0)[:-1])
+        if keep is not None and n_chunks is not None:
+            out += [np.zeros(0)] * (len(self.chunks) - len(out))
+        for prompt, answer in self.prompts:
+            count(self.model.rows([*prompt.behind, *answer], self.model.start(prompt)))
+        return out
+
+    # ---- tensors
+
+    def set_types(self, types: Mapping[str, str]) -> None:
+        """Give tensors the weights that they would have in these types; the others stay as they are now."""
+        for name, type_name in types.items():
+            if self.types.get(name, self.weights[name].type) != type_name:
+                _core.set_tensor_data(self.model.llm._engine, name, self._decoded(name, type_name))
+                self.types[name] = type_name
+
+    def restore(self, names: Sequence[str] | None = None) -> None:
+        """Give tensors, or all of them, their exact weights back."""
+        for name in list(self.types) if names is None else names:
+            if name in self.types:
+                _core.set_tensor_data(self.model.llm._engine, name, self._exact(name))
+                del self.types[name]
+
+    def _exact(self, name: str) -> np.ndarray:
+        return np.concatenate([piece.load().ravel() for piece in self.weights[name].pieces()])
+
+    def _decoded(self, name: str, type_name: str) -> np.ndarray:
+        """A tensor after encoding and decoding, in the type that it is loaded in. Shapes: -> (n_bytes,) uint8"""
+        weights, key = self.weights[name], (name, type_name)
+        if type_name == weights.type:
+            return self._exact(name)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        columns = None if self.importance is None else self.importance.columns.get(name)
+        if columns is not None:
+            columns = columns.reshape(weights.n_matrices, weights.n_cols)
+
+        def one(part: tuple[int, np.ndarray]) -> np.ndarray:
+            first_row, rows = part
+            column = None if columns is None else columns[first_row // weights.rows_per_matrix]
+            data = native.requantize(type_name, weights.type, rows, weights.n_cols, column, first_row)
+            return native.quantize(weights.type, native.dequantize(type_name, data, weights.n_cols)).ravel()
+
+        parts = [(piece.first_row + i, rows) for piece in weights.pieces() for i, rows in _halves(piece.load())]
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            data = np.concatenate(list(pool.map(one, parts)))
+        self._cache[key] = data
+        while sum(x.nbytes for x in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
+            self._cache.popitem(last=False)
+        return data
+
+
+def _halves(rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Rows in two pieces, so that a tensor of one matrix keeps two threads busy."""
+    middle = len(rows) // 2
+    return [(0, rows[:middle]), (middle, rows[middle:])] if middle else [(0, rows)]
