@@ -1,0 +1,26 @@
+#pragma once
+
+// ggml_quantize_chunk refuses what it cannot write: it returns 0, and this function says why.
+
+#include "ggml.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// true if ggml_quantize_chunk would write these rows. Else `text` (of `size` bytes, may be NULL) gets the reason, such as
+// "row 3, column 7: the weight is nan, not a finite number"; rows count from `first_row`, that of src + start.
+GGML_API bool ggml_quantize_check(
+        enum ggml_type   type,
+           const float * src,
+               int64_t   start,
+               int64_t   nrows,
+               int64_t   n_per_row,
+           const float * imatrix,
+               int64_t   first_row,
+                  char * text,
+                size_t   size);
+
+#ifdef __cplusplus
+}
+#endif
