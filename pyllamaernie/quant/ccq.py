@@ -20,8 +20,8 @@ LEVELS = np.array([13, 15, 17, 21], np.float32) / 16  # scales of a plane, besid
 
 # the search for a path: see encode()
 N_SEAM = 24
-ROW_BITS, COST_UNIT, COST_MAX, BASE_MAX = 11, 4096, (1 << 18) - 1, (1 << 20) - 1
-BEAMS = {"CCQ2": 64, "CCQ2_25": 32, "CCQ2_5": 32, "CCQ2_75": 32}
+ROW_BITS, COST_UNIT, COST_MAX, BASE_MAX = 11, 1024, (1 << 13) - 1, (1 << 15) - 1
+BEAMS = {"CCQ2": 128, "CCQ2_25": 64, "CCQ2_5": 64, "CCQ2_75": 64}
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,10 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def encode(name: str, x: np.ndarray, weights: np.ndarray | None = None, beam: int | None = None) -> np.ndarray:
     """Blocks of a native type with a small (weighted) squared error: the bytes that the C encoder makes.
 
-    Both tables are tried from the scale that gives the block its energy and from its neighbours; the best path is
-    searched again from the scales fitted to it, the last time with every state kept (`beam` limits them before that).
-    Every search is the Viterbi algorithm on integers, so every machine finds the same path.
+    For both tables, searches that keep few states (an eighth of `beam`) climb from the scale that gives the block its
+    energy to a better one; searches that keep `beam` climb on from the best path; the last ones, from the scales fitted
+    to it, keep every state (half of them in CCQ2_75). Every search is the Viterbi algorithm on integers, so every
+    machine finds the same path.
 
     Shapes: (n, 256) float32, weights (256,) or (n, 256) -> (n, block bytes) uint8.
     Raises: ValueError for another shape, for a name that is no native type and for a value that is not finite.
@@ -323,22 +324,46 @@ def _ordered_sum(values: np.ndarray) -> np.ndarray:
 def _encode_block(trellis: _Trellis, x: np.ndarray, w: np.ndarray, beam: int):
     """Path (first byte, levels of the planes, code bytes, refinement bits) of one block."""
     nothing = np.zeros(N_STEPS, np.int64)
-    best, best_error = (0, np.zeros(4, np.int64), nothing, nothing), 0.0
+    best, best_error = (0, np.zeros(4, np.int64), nothing, nothing), 0.0  # errors are less that of a block of zeros
+    energy = float(_ordered_sum((w.astype(np.float64) * x) * x))
 
-    def attempt(d: int, level: np.ndarray, kept: int) -> None:
+    def attempt(d: int, level: np.ndarray, kept: int) -> float:
         nonlocal best, best_error
         qs, e = _search(trellis, d, level, x, w, kept)
         path, error = _refit(trellis, d, level, qs, e, x, w)
         if error < best_error:
             best, best_error = path, error
+        return error
 
+    def climb(d: int, level: np.ndarray, kept: int, low: float) -> int:
+        """The best scale above one that left the error `low`, or else below, going on as long as that helps."""
+        top = d >> 1
+        for step in (1, -1):
+            u = (d >> 1) + step
+            while 1 <= u <= 127 and (error := attempt(2 * u + (d & 1), level, kept)) < low:
+                low, top, u = error, u, u + step
+            if top != d >> 1:
+                break
+        return top
+
+    few, moved = max(4, beam // 8), 0
     for table in range(2):
-        d, level = _first_scale(trellis, table, x, w)
-        for u in (d >> 1, min(127, (d >> 1) + 1), max(1, (d >> 1) - 1)):
-            attempt(2 * u + table, level, (beam + 1) // 2)
-    for kept in (beam, beam, N_STATES):
-        if best[0] >= 2:
-            attempt(best[0], best[1], kept)
+        first, level = _first_scale(trellis, table, x, w)
+        d = 2 * min(127, max(1, (first >> 1) + moved)) + table
+        so_far = best_error
+        error = attempt(d, level, few)
+        if table == 1 and energy + error > 1.1 * (energy + so_far):
+            break
+        moved = climb(d, level, few, error) - (first >> 1)
+    if best[0] >= 2:
+        attempt(best[0], best[1], beam)
+        climb(best[0], best[1], beam, best_error)
+    for _ in range(3):
+        before = best
+        if before[0] >= 2:
+            attempt(before[0], before[1], N_STATES if trellis.code.e_bits < 3 else N_STATES // 2)
+        if best[0] == before[0] and (best[1] == before[1]).all():
+            break
     return best
 
 

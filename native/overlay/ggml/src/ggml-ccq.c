@@ -21,6 +21,12 @@
 #define N_STATES 256
 #define N_SEAM   24 // steps of the window from which the byte at the seam is read
 
+#ifdef CCQ_EXACT // what bench/ccq_encoder.py compares with: no search leaves a state out
+#define BEAM(n) (n > 0 ? N_STATES : 0)
+#else
+#define BEAM(n) (n)
+#endif
+
 const ggml_ccq_code ggml_ccq_codes[4] = {
     {
         { 41823, 13259, 44979, 46863 }, { 0, 0, 0, 0 },
@@ -206,19 +212,20 @@ int64_t ggml_ccq2_b_find_bad(const block_ccq2_b * x, int64_t n_blocks) {
 // the levels of one row are those of another, rotated, once the new states are numbered by new*K. So a step needs
 // one table of 256 costs per plane (stored twice), and a row reads it from where its rotation starts.
 //
-// Costs are integers, so every machine finds the same path: 21 bits of cost above 11 bits of row. The smallest such
-// word is the best row, and the lowest of equals.
+// Costs are integers of 16 bits, so every machine finds the same path, and twice as many fit a vector as of 32. Only the
+// least costs are kept on the way forward; which row they came from is found on the way back, where one state a step
+// matters: the lowest of the rows that cost so much.
 
-#define ROW_BITS  11
-#define COST_UNIT 4096.0f // the cost of an error as large as a level
-#define COST_MAX  ((1u << 18) - 1) // of one weight
-#define BASE_MAX  ((1u << 20) - 1) // of a state, above the best one
+#define COST_UNIT 1024.0f // the cost of an error as large as a level
+#define COST_MAX  8191    // of one weight, above its best level
+#define BASE_BITS 15
+#define BASE_MAX  ((1 << BASE_BITS) - 1) // of a state, above the best one; with four weights within 16 bits
 
 typedef struct {
     const ggml_ccq_code * code;
     int     n_rows;               // 256 << e_bits
     float   sigma[2];             // root mean square of the levels of a table
-    int8_t  y[2][4][N_STATES];    // levels of a table and plane, in the order of rotation
+    float   y[2][4][N_STATES];    // levels of a table and plane, in the order of rotation
     uint8_t start[8*N_STATES][4]; // where a row starts
 } ccq_trellis;
 
@@ -257,123 +264,138 @@ static void ccq_trellis_init(ccq_trellis * t, const ggml_ccq_code * code) {
     }
 }
 
+// Least cost of every new state from the old states named, above the least of all, which is returned.
 CCQ_CLONES
-static void ccq_step(const uint16_t * rows, int n_rows, const uint8_t (*start)[4], const uint32_t * base,
-                     const uint32_t (*cost)[2*N_STATES], uint32_t * restrict best) {
+static uint16_t ccq_step(const ccq_trellis * t, const uint8_t * old, int n_old, const uint16_t * base,
+                         const uint16_t (*cost)[2*N_STATES], uint16_t * restrict best) {
     for (int s = 0; s < N_STATES; s++) {
-        best[s] = UINT32_MAX;
+        best[s] = UINT16_MAX;
     }
-    for (int r = 0; r < n_rows; r++) {
-        const int        row = rows[r];
-        const uint32_t   a   = base[row & 255] << ROW_BITS | (uint32_t) row;
-        const uint32_t * c0  = cost[0] + start[row][0];
-        const uint32_t * c1  = cost[1] + start[row][1];
-        const uint32_t * c2  = cost[2] + start[row][2];
-        const uint32_t * c3  = cost[3] + start[row][3];
-        for (int s = 0; s < N_STATES; s++) {
-            const uint32_t c = a + c0[s] + c1[s] + c2[s] + c3[s];
-            best[s] = c < best[s] ? c : best[s];
-        }
-    }
-}
-
-// the n-th smallest of 256 values, n from 1
-static uint32_t ccq_nth(const uint32_t * values, int n) {
-    uint32_t v[N_STATES];
-    memcpy(v, values, sizeof(v));
-    int lo = 0;
-    int hi = N_STATES - 1;
-    while (lo < hi) {
-        const uint32_t pivot = v[(lo + hi)/2];
-        int i = lo;
-        int j = hi;
-        while (i <= j) {
-            while (v[i] < pivot) { i++; }
-            while (v[j] > pivot) { j--; }
-            if (i <= j) {
-                const uint32_t tmp = v[i];
-                v[i++] = v[j];
-                v[j--] = tmp;
+    for (int e = 0; e < t->n_rows; e += N_STATES) {
+        for (int i = 0; i < n_old; i++) {
+            const uint8_t  * start = t->start[e + old[i]];
+            const uint16_t   a     = base[old[i]];
+            const uint16_t * c0    = cost[0] + start[0];
+            const uint16_t * c1    = cost[1] + start[1];
+            const uint16_t * c2    = cost[2] + start[2];
+            const uint16_t * c3    = cost[3] + start[3];
+            for (int s = 0; s < N_STATES; s++) {
+                const uint16_t c = (uint16_t) (a + c0[s] + c1[s] + c2[s] + c3[s]);
+                best[s] = c < best[s] ? c : best[s];
             }
         }
-        if (n - 1 <= j) {
-            hi = j;
-        } else if (n - 1 >= i) {
-            lo = i;
-        } else {
-            break;
-        }
     }
-    return v[n - 1];
+    uint16_t low = UINT16_MAX;
+    for (int s = 0; s < N_STATES; s++) {
+        low = best[s] < low ? best[s] : low;
+    }
+    for (int s = 0; s < N_STATES; s++) {
+        const uint16_t above = (uint16_t) (best[s] - low);
+        best[s] = above < BASE_MAX ? above : BASE_MAX;
+    }
+    return low;
 }
 
-// costs of one weight for all levels, less the smallest
-static void ccq_costs(const int8_t * y, float gain, float x, float w, float unit, uint32_t * cost) {
+// the n-th smallest of 256 values of at most BASE_MAX, n from 1
+CCQ_CLONES
+static uint16_t ccq_nth(const uint16_t * values, int n) {
+    uint16_t v = 0;
+    for (int bit = 1 << (BASE_BITS - 1); bit > 0; bit /= 2) {
+        const uint16_t up = (uint16_t) (v + bit);
+        uint16_t n_below = 0;
+        for (int s = 0; s < N_STATES; s++) {
+            n_below += values[s] < up;
+        }
+        v = n_below < n ? up : v;
+    }
+    return v;
+}
+
+// costs of one weight for the values v, less the smallest
+CCQ_CLONES
+static void ccq_costs(const float * v, float x, float w, float unit, uint16_t * cost) {
     float c[N_STATES];
     float low = FLT_MAX;
     for (int s = 0; s < N_STATES; s++) {
-        const float v = gain*(float) y[s];
-        c[s] = w*(v*(v - 2.0f*x));
-        low  = c[s] < low ? c[s] : low;
+        c[s] = w*(v[s]*(v[s] - 2.0f*x));
+    }
+    for (int s = 0; s < N_STATES; s++) {
+        low = c[s] < low ? c[s] : low;
     }
     for (int s = 0; s < N_STATES; s++) {
         const float over = (c[s] - low)*unit;
-        cost[s] = (over < (float) COST_MAX ? (uint32_t) over : COST_MAX) << ROW_BITS;
+        cost[s] = (uint16_t) (int) (over < (float) COST_MAX ? over : (float) COST_MAX);
     }
-    memcpy(cost + N_STATES, cost, N_STATES*sizeof(*cost));
+}
+
+// old states from which a step goes on: the one that is fixed, or all of at most this cost
+static int ccq_old_states(const uint16_t * base, int most, int fix, uint8_t * old) {
+    if (fix >= 0) {
+        old[0] = (uint8_t) fix;
+        return 1;
+    }
+    int n = 0;
+    for (int s = 0; s < N_STATES; s++) {
+        old[n] = (uint8_t) s;
+        n += base[s] <= most;
+    }
+    return n;
 }
 
 // Best path through n steps from step first on. fix: the state before the first and after the last step, or -1 for any.
 // qs[i], e[i]: byte and refinement bits of the i-th step.
-static void ccq_viterbi(const ccq_trellis * t, int table, const float * x, const float * w, const float * gain,
-                        float unit, int first, int n, int beam, int fix, uint8_t * qs, uint8_t * e) {
-    uint16_t from[N_STEPS][N_STATES];
-    uint16_t rows[8*N_STATES];
-    uint32_t cost[4][2*N_STATES];
-    uint32_t base[N_STATES] = { 0 };
-    uint32_t best[N_STATES];
+static void ccq_viterbi(const ccq_trellis * t, const uint16_t (*costs)[4][N_STATES], int first, int n, int beam, int fix,
+                        uint8_t * qs, uint8_t * e) {
+    uint16_t base[N_STEPS + 1][N_STATES]; // of a state before the step
+    uint16_t low[N_STEPS];
+    uint16_t limit[N_STEPS];
+    uint16_t cost[4][2*N_STATES];
+    uint8_t  old[N_STATES];
 
+    memset(base[0], 0, sizeof(base[0]));
     for (int i = 0; i < n; i++) {
-        const int b = (first + i) % N_STEPS;
+        const uint16_t (*c)[N_STATES] = costs[(first + i) % N_STEPS];
         for (int p = 0; p < 4; p++) {
-            ccq_costs(t->y[table][p], gain[p], x[64*p + b], w[64*p + b], unit, cost[p]);
+            memcpy(cost[p],            c[p], sizeof(c[p]));
+            memcpy(cost[p] + N_STATES, c[p], sizeof(c[p]));
         }
-        const uint32_t limit = i > 0 && beam < N_STATES ? ccq_nth(base, beam) : BASE_MAX;
-        int n_rows = 0;
-        for (int row = 0; row < t->n_rows; row++) {
-            if (i == 0 && fix >= 0 ? (row & 255) == fix : base[row & 255] <= limit) {
-                rows[n_rows++] = (uint16_t) row;
-            }
-        }
-        ccq_step(rows, n_rows, (const uint8_t (*)[4]) t->start, base, (const uint32_t (*)[2*N_STATES]) cost, best);
-        uint32_t low = UINT32_MAX;
-        for (int s = 0; s < N_STATES; s++) {
-            low = best[s] < low ? best[s] : low;
-        }
-        low >>= ROW_BITS;
-        for (int s = 0; s < N_STATES; s++) {
-            const uint32_t above = (best[s] >> ROW_BITS) - low;
-            base[s]    = above < BASE_MAX ? above : BASE_MAX;
-            from[i][s] = (uint16_t) (best[s] & ((1u << ROW_BITS) - 1));
-        }
+        limit[i] = i > 0 && beam < N_STATES ? ccq_nth(base[i], beam) : BASE_MAX;
+        const int n_old = ccq_old_states(base[i], limit[i], i == 0 ? fix : -1, old);
+        low[i] = ccq_step(t, old, n_old, base[i], (const uint16_t (*)[2*N_STATES]) cost, base[i + 1]);
     }
     int s = fix;
     if (s < 0) {
         s = 0;
         for (int i = 1; i < N_STATES; i++) {
-            s = base[i] < base[s] ? i : s;
+            s = base[n][i] < base[n][s] ? i : s;
         }
     }
     for (int i = n - 1; i >= 0; i--) {
-        const int row = from[i][s];
-        e[i]  = (uint8_t) (row >> 8);
-        qs[i] = (uint8_t) row;
-        s     = row & 255;
+        const uint16_t (*c)[N_STATES] = costs[(first + i) % N_STEPS];
+        const int target = base[i + 1][s] < BASE_MAX ? base[i + 1][s] + low[i] : UINT16_MAX; // what the best row costs
+        const int n_old  = ccq_old_states(base[i], target < limit[i] ? target : limit[i], i == 0 ? fix : -1, old);
+        int least = UINT16_MAX + 1;
+        int best  = 0;
+        for (int row = 0; row < t->n_rows && least > target; row += N_STATES) {
+            for (int j = 0; j < n_old; j++) {
+                const uint8_t * start = t->start[row + old[j]];
+                const int total = base[i][old[j]] + c[0][(start[0] + s) & 255] + c[1][(start[1] + s) & 255]
+                                                  + c[2][(start[2] + s) & 255] + c[3][(start[3] + s) & 255];
+                if (total < least) {
+                    least = total;
+                    best  = row + old[j];
+                }
+            }
+        }
+        e[i]  = (uint8_t) (best >> 8);
+        qs[i] = (uint8_t) best;
+        s     = best & 255;
     }
 }
 
 // tail-biting: the byte at the seam from a window around it, then all steps from it to it
 static void ccq_search(const ccq_trellis * t, const float * x, const float * w, const float * gain, int beam, ccq_path * path) {
+    uint16_t costs[N_STEPS][4][N_STATES];
     const double sigma = t->sigma[path->d & 1];
     double energy = 0;
     for (int p = 0; p < 4; p++) {
@@ -384,8 +406,18 @@ static void ccq_search(const ccq_trellis * t, const float * x, const float * w, 
         energy += sum_w*((double) gain[p]*(double) gain[p]);
     }
     const float unit = (float) ((double) COST_UNIT*QK_CCQ/(energy*(sigma*sigma)));
-    ccq_viterbi(t, path->d & 1, x, w, gain, unit, N_STEPS - N_SEAM/2, N_SEAM, beam, -1, path->qs, path->e);
-    ccq_viterbi(t, path->d & 1, x, w, gain, unit, 0, N_STEPS, beam, path->qs[N_SEAM/2], path->qs, path->e);
+    for (int p = 0; p < 4; p++) {
+        float v[N_STATES];
+        for (int s = 0; s < N_STATES; s++) {
+            v[s] = gain[p]*t->y[path->d & 1][p][s];
+        }
+        for (int b = 0; b < N_STEPS; b++) {
+            ccq_costs(v, x[64*p + b], w[64*p + b], unit, costs[b][p]);
+        }
+    }
+    const uint16_t (*c)[4][N_STATES] = (const uint16_t (*)[4][N_STATES]) costs;
+    ccq_viterbi(t, c, N_STEPS - N_SEAM/2, N_SEAM, beam, -1, path->qs, path->e);
+    ccq_viterbi(t, c, 0, N_STEPS, beam, path->qs[N_SEAM/2], path->qs, path->e);
 }
 
 // The best scale and levels for the codes of a path; the error that they leave, less that of a block of zeros.
@@ -467,8 +499,9 @@ static void ccq_first_scale(const ccq_trellis * t, const float * x, const float 
     }
 }
 
-// One search and refit from the scale and levels of a path; taken if it is better than the best so far.
-static void ccq_pass(const ccq_trellis * t, const float * x, const float * w, int beam, ccq_path path, ccq_path * best, double * best_error) {
+// One search and refit from the scale and levels of a path: the error that it leaves, less that of a block of zeros.
+// Taken if it is better than the best so far.
+static double ccq_pass(const ccq_trellis * t, const float * x, const float * w, int beam, ccq_path path, ccq_path * best, double * best_error) {
     float gain[4];
     for (int p = 0; p < 4; p++) {
         gain[p] = ccq_scale(path.d)*ccq_levels[path.level[p]];
@@ -479,23 +512,65 @@ static void ccq_pass(const ccq_trellis * t, const float * x, const float * w, in
         *best_error = error;
         *best       = path;
     }
+    return error;
 }
 
+// Passes from larger and larger scales than that of a path, which left the error low, as long as that helps, or else
+// from smaller and smaller ones: the scale that was best.
+static int ccq_climb(const ccq_trellis * t, const float * x, const float * w, int beam, ccq_path path, double low,
+                     ccq_path * best, double * best_error) {
+    const int table = path.d & 1;
+    const int u     = path.d >> 1;
+    int       top   = u;
+    for (int step = 1; step >= -1 && top == u; step -= 2) {
+        for (int v = u + step; v >= 1 && v <= 127; v += step) {
+            path.d = (uint8_t) (2*v + table);
+            const double error = ccq_pass(t, x, w, beam, path, best, best_error);
+            if (!(error < low)) {
+                break;
+            }
+            low = error;
+            top = v;
+        }
+    }
+    return top;
+}
+
+// Few states tell which table and about which scale; more of them the scale; all of them (half where a step has eight
+// refinements) the path.
 static void ccq_encode_block(const ccq_trellis * t, const float * x, const float * w, int beam, ccq_path * best) {
-    double best_error = 0; // of a block of zeros
+    const int few  = BEAM(beam > 32 ? beam/8 : 4);
+    const int last = BEAM(t->code->e_bits < 3 ? N_STATES : N_STATES/2);
+    double best_error = 0; // less that of a block of zeros, here and below
+    double energy     = 0;
+    int    moved      = 0;
+    for (int i = 0; i < QK_CCQ; i++) {
+        energy += ((double) w[i]*(double) x[i])*(double) x[i];
+    }
     memset(best, 0, sizeof(*best));
     for (int table = 0; table < 2; table++) {
         ccq_path path;
         ccq_first_scale(t, x, w, table, &path);
-        const int u = path.d >> 1;
-        for (int i = 0; i < 3; i++) { // this scale, the next and the one before
-            const int v = i == 0 ? u : i == 1 ? (u < 127 ? u + 1 : u) : (u > 1 ? u - 1 : u);
-            path.d = (uint8_t) (2*v + table);
-            ccq_pass(t, x, w, (beam + 1)/2, path, best, &best_error);
+        const int first = path.d >> 1;
+        const int u     = first + moved < 1 ? 1 : first + moved > 127 ? 127 : first + moved;
+        path.d = (uint8_t) (2*u + table);
+        const double so_far = best_error;
+        const double error  = ccq_pass(t, x, w, few, path, best, &best_error);
+        if (table == 1 && energy + error > 1.1*(energy + so_far)) {
+            break; // so much worse that no other scale would help
         }
+        moved = ccq_climb(t, x, w, few, path, error, best, &best_error) - first;
     }
-    for (int pass = 0; pass < 3 && best->d >= 2; pass++) { // the last one keeps every state
-        ccq_pass(t, x, w, pass < 2 ? beam : N_STATES, *best, best, &best_error);
+    if (best->d >= 2) {
+        ccq_pass (t, x, w, beam, *best, best, &best_error);
+        ccq_climb(t, x, w, beam, *best, best_error, best, &best_error);
+    }
+    for (int pass = 0; pass < 3 && best->d >= 2; pass++) {
+        const ccq_path before = *best;
+        ccq_pass(t, x, w, last, before, best, &best_error);
+        if (best->d == before.d && memcmp(best->level, before.level, sizeof(before.level)) == 0) {
+            break; // the next pass would find the same
+        }
     }
 }
 
@@ -524,7 +599,7 @@ void ggml_ccq_encode(const ggml_ccq_code * code, const float * x, const float * 
     ccq_path path;
     for (int64_t i = 0; i < n_blocks; i++, dst += ccq_block_bytes(code)) {
         ccq_clean(x + QK_CCQ*i, weights ? weights + QK_CCQ*i : NULL, cx, cw);
-        ccq_encode_block(&t, cx, cw, beam, &path);
+        ccq_encode_block(&t, cx, cw, BEAM(beam), &path);
         dst[0] = path.d;
         dst[1] = 0;
         for (int p = 0; p < 4; p++) {
@@ -563,7 +638,7 @@ double ggml_ccq_code_error(const ggml_ccq_code * code, const float * x, int64_t 
 // ---------------------------------------------------------------- rows
 
 static size_t ccq_quantize(int type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    static const int beams[4] = { 64, 32, 32, 32 };
+    static const int beams[4] = { 128, 64, 64, 64 };
     const ggml_ccq_code * code     = &ggml_ccq_codes[type];
     const int64_t         n_blocks = n_per_row/QK_CCQ;
     uint8_t             * out      = dst;
