@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("pyllamaernie.run", "answer a prompt, or chat when there is none"),
     "serve": ("pyllamaernie.serve", "serve a model over HTTP, for OpenAI clients and with a web page"),
     "convert": ("pyllamaernie.convert", "convert a Hugging Face folder to GGUF"),
+    "quantize": ("pyllamaernie.quantize", "make a model smaller: a preset, a recipe, or a plan"),
     "imatrix": ("pyllamaernie.imatrix", "measure what a model's weights matter for, on text and pictures"),
     "compare": ("pyllamaernie.compare", "show what smaller files of a model lose: divergence, perplexity, size, speed"),
     "prune": ("pyllamaernie.prune", "drop the experts that calibration data use least"),

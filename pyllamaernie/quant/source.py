@@ -20,7 +20,7 @@ from pyllamaernie.errors import CorruptModelError, UnsupportedInputError
 from pyllamaernie.model import Header, read_header
 from pyllamaernie.quant.native import TYPES
 
-PIECE_VALUES = 2 * 2**20  # in one piece: 8 MiB as float32
+PIECE_VALUES = 2 * 2**20  # at most in one piece: 8 MiB as float32
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -41,14 +41,15 @@ class Piece:
 class Weights:
     """A stored tensor: `shape` in numpy order, all dimensions but the last counted as rows.
 
-    `pieces()` yields it in order. Whoever takes the next piece must be alone; `load` of a piece may run anywhere.
+    `pieces(n)` yields it in order, in pieces of about `n` values (PIECE_VALUES if left out). Whoever takes the next
+    piece must be alone; `load` of a piece may run anywhere.
     """
 
     name: str
     shape: tuple[int, ...]
     type: str
     n_bytes: int
-    pieces: Callable[[], Iterator[Piece]]
+    pieces: Callable[..., Iterator[Piece]]
 
     @property
     def n_cols(self) -> int:
@@ -123,9 +124,11 @@ def file_fingerprint(paths: Sequence[Path]) -> str:
     return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()
 
 
-def cut(first_row: int, n_rows: int, n_cols: int, rows_per_matrix: int) -> Iterator[tuple[int, int]]:
-    """A range of rows in (first row, rows) of at most PIECE_VALUES, none of which crosses into the next matrix."""
-    step = max(1, PIECE_VALUES // n_cols)
+def cut(
+    first_row: int, n_rows: int, n_cols: int, rows_per_matrix: int, n_values: int = PIECE_VALUES
+) -> Iterator[tuple[int, int]]:
+    """A range of rows in (first row, rows) of at most `n_values`, none of which crosses into the next matrix."""
+    step = max(1, n_values // n_cols)
     row, end = first_row, first_row + n_rows
     while row < end:
         n = min(step, end - row, rows_per_matrix - row % rows_per_matrix)
@@ -153,8 +156,8 @@ def _weights(header: Header, row: tuple[str, tuple[int, int, int, int], str, int
                 done += n_read
         return data
 
-    def pieces() -> Iterator[Piece]:
-        for first, n in cut(0, n_rows, n_cols, shape[-2] if n_dims > 1 else 1):
+    def pieces(n_values: int = PIECE_VALUES) -> Iterator[Piece]:
+        for first, n in cut(0, n_rows, n_cols, shape[-2] if n_dims > 1 else 1, n_values):
             yield Piece(first, n, lambda first=first, n=n: load(first, n))
 
     return Weights(name, shape, type_name.upper(), n_bytes, pieces)

@@ -26,7 +26,7 @@ from pyllamaernie.quant import native
 from pyllamaernie.quant.importance import Importance
 from pyllamaernie.quant.job import Job, OutTensor, plan_job
 from pyllamaernie.quant.journal import Done, Journal, discard, part_path
-from pyllamaernie.quant.source import ModelSource, Piece
+from pyllamaernie.quant.source import PIECE_VALUES, ModelSource, Piece
 
 log = logging.getLogger("pyllamaernie.quant")
 
@@ -36,8 +36,10 @@ FLOATS = ("F32", "F16", "BF16")
 _NS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 4, "MXFP4": 5, "NVFP4": 18, "Q2_0": 6, "Q4_0": 23, "Q5_0": 23, "Q6_K": 27}
 _NS |= {"Q1_0": 21, "Q3_K": 33, "Q4_1": 100, "Q5_1": 100, "Q4_K": 100, "Q5_K": 105, "Q2_K": 125, "IQ1_M": 170}
 _NS |= {"IQ2_S": 175, "IQ4_NL": 190, "IQ4_XS": 190, "IQ3_S": 250, "IQ1_S": 310, "IQ3_XXS": 400, "IQ2_XXS": 460}
-_NS |= {"IQ2_XS": 740, "CCQ2_B": 900, "CCQ2": 3000, "CCQ2_25": 4000, "CCQ2_5": 6000, "CCQ2_75": 9000}
+_NS |= {"IQ2_XS": 740, "CCQ2_B": 900, "CCQ2": 12000, "CCQ2_25": 12000, "CCQ2_5": 12000, "CCQ2_75": 12000}
 _NS_UNKNOWN = 100
+_PIECE_NS = 10**9  # a piece takes about a second at most, so that an interruption is soon over
+_PIECE_VALUES_MIN = 2**16
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def run_job(
     from pyllamaernie.options import n_cpu
 
     started = time.monotonic()
-    _check_output(job, overwrite)
+    check_output(job, overwrite)
     try:
         journal = Journal(job.output, job.digest, fresh=not resume)
     except OSError as error:
@@ -140,7 +142,8 @@ def run_job(
     return WriteResult(job.output, job.n_bytes, n_kept, len(job.tensors), job.n_params, job.bpw, seconds, job.warnings)
 
 
-def _check_output(job: Job, overwrite: bool) -> None:
+def check_output(job: Job, overwrite: bool) -> None:
+    """Raises InputError when the output's name cannot be used."""
     folder = job.output.absolute().parent
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
@@ -256,7 +259,7 @@ class _Run:
             if rows_done.get(tensor.number) == tensor.weights.n_rows:
                 continue
             n_rows = 0
-            for piece in tensor.weights.pieces():
+            for piece in tensor.weights.pieces(_piece_values(tensor)):
                 n_rows += piece.n_rows
                 if self._done.get((tensor.number, piece.first_row), (0, 0))[0] != piece.n_rows:
                     yield tensor, piece
@@ -338,6 +341,11 @@ def _encoded(tensor: OutTensor, piece: Piece) -> np.ndarray:
         return native.requantize(tensor.type, weights.type, data, weights.n_cols, columns, piece.first_row)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from None
+
+
+def _piece_values(tensor: OutTensor) -> int:
+    """Depends on nothing but the tensor: the pieces of a job are the same in every run."""
+    return max(_PIECE_VALUES_MIN, min(PIECE_VALUES, int(_PIECE_NS / _cost(tensor, 1) * tensor.weights.n_cols)))
 
 
 def _cost(tensor: OutTensor, n_rows: int) -> float:
