@@ -133,10 +133,12 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` described.
+        """The plan that `to_dict` described, also inside of what `pyllamaernie plan` writes.
 
         Raises: InputError when the schema is another one, a field is missing or unknown, or the sums contradict.
         """
+        if isinstance(data, Mapping) and isinstance(data.get("solved"), Mapping):
+            data = data["solved"]
         if not isinstance(data, Mapping) or data.get("schema") != PLAN_SCHEMA:
             found = data.get("schema") if isinstance(data, Mapping) else type(data).__name__
             raise InputError(f"plan schema is {found!r}, this version reads {PLAN_SCHEMA}; make the plan again")

@@ -1,9 +1,9 @@
-"""From a model and a size to a type for every tensor: errors measured, effects probed, a plan solved, and it too measured.
+"""From a model and a size to a type for every tensor: errors measured, effects probed, a plan solved and measured too.
 
 The loss of a choice is KL of the whole model: error of the tensor (`measure.py`) through a curve that probes give
-(`probe.py`). What the solver finds is then run; with few bits, where losses do not add, the curves are corrected at that
-point and the best plan that was measured is kept. Stock presets and single types of the same size run too: if one of
-them is better, it is the plan, and the plan says so.
+(`probe.py`). What the solver finds is then run; with few bits, where losses do not add, the curves are corrected at
+that point and the best plan that was measured is kept. Stock presets and single types of the same size run too: if one
+of them is better, it is the plan, and the plan says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyllamaernie.errors import InputError, PyllamaernieError
+from pyllamaernie.errors import InputError, PyllamaernieError, QuantizeError
 from pyllamaernie.quant import budget
 from pyllamaernie.quant.importance import Importance, read_importance
 from pyllamaernie.quant.measure import ErrorTable, is_quantizable, measure
@@ -40,8 +40,8 @@ from pyllamaernie.quant.plan_table import (
     scaled,
     solver_table,
 )
-from pyllamaernie.quant.presets import PRESETS, preset_types
 from pyllamaernie.quant.source import ModelSource, gguf_source
+from pyllamaernie.quant.stock import stock_types
 
 if TYPE_CHECKING:
     from pyllamaernie.quant.probe import Probe
@@ -50,6 +50,9 @@ log = logging.getLogger("pyllamaernie.quant")
 
 PLAN_FORMAT = 1
 PROBES = ("auto", "none", "groups", "each")
+PRESETS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "IQ3_XS", "IQ3_S")
+PRESETS += ("IQ3_M", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+PRESETS += ("Q8_0",)
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ class Planner:
     """Everything about a model that plans for several sizes share: errors, the loaded model, what was probed.
 
     `probe`: none; groups (a role in a quarter of the depth), each (every tensor alone), auto (groups if there is
-    something to run). `rules` pin or limit types, `types` are the only ones that tensors may have. `baselines`: also run
-    stock presets and single types. `cache`: a folder that keeps the errors between runs. Progress goes to stderr.
+    something to run). `rules` pin or limit types, `types` are the only ones that tensors may have. `baselines`: also
+    run stock presets and single types. `cache`: a folder that keeps the errors between runs. Progress goes to stderr.
     """
 
     def __init__(
@@ -403,15 +406,14 @@ class Planner:
         return found, better
 
     def known_plans(self) -> dict[str, dict[str, str]]:
-        """Types by the name of the plan: presets of llama-quantize (where the model is one GGUF), single types."""
+        """Types by the name of the plan: presets of llama-quantize, and single types."""
         out: dict[str, dict[str, str]] = {}
-        if self.source.path.is_file() and not self.rules:
-            for preset in PRESETS:
-                try:
-                    types = preset_types(self.source.path, preset, self.importance and self.importance.path)
-                except PyllamaernieError:
-                    continue
-                out[f"stock {preset}"] = types
+        for preset in PRESETS if not self.rules else ():
+            try:
+                imatrix = None if self.importance is None else self.importance.path
+                out[f"stock {preset}"] = stock_types(self.source, preset, imatrix=imatrix).types
+            except QuantizeError:  # without an importance matrix there are none below three bits
+                continue
         if not self.rules:
             names = sorted({t for item in self.items for t in item_types(item, self.errors)})
             for t in names:
