@@ -285,14 +285,39 @@ def test_super_scales_of_another_size_are_refused(experts, original: Path, tmp_p
         check_two_bit(folder, original)
 
 
-def test_the_original_of_another_model_is_refused(release: Path, tmp_path: Path) -> None:
+def test_the_original_of_another_model_is_refused(experts, tmp_path: Path) -> None:
     other = two_bit.write_original(tmp_path / "o", seed=1)
+    folder = two_bit.write_release(tmp_path / "r", experts, plain_seed=1)
     with pytest.raises(WeightMismatchError, match=r"up_gate_proj.*no known reading fits.*documented -?0\.0\d\d"):
-        check_two_bit(release, other)
+        check_two_bit(folder, other)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.3.mlp.gate.weight", "model.embed_tokens.weight"])
+def test_another_training_state_is_refused(name: str, release, tmp_path: Path) -> None:
+    """Its experts hardly differ, so their correlation would not tell."""
+    data = two_bit.bf16_weights()[name].copy()
+    data[..., ::20] *= 1.02
+    other = two_bit.write_original(tmp_path / "o", extra={name: data})
+    with pytest.raises(WeightMismatchError, match=rf"{name[5:]}: 9[45]\.\d % of its values.*Base and chat releases"):
+        convert(release, tmp_path / "x.gguf", original=other)
+    assert [p.name for p in tmp_path.iterdir()] == ["o"]
+
+
+def test_a_release_with_no_plain_tensors_is_judged_by_its_experts(experts, original: Path, tmp_path: Path) -> None:
+    folder = two_bit.write_release(tmp_path / "r", experts, drop=two_bit.plain_names())
+    assert check_two_bit(folder, original).n_plain == 0
+
+
+def test_a_router_of_another_shape_is_named(experts, original: Path, tmp_path: Path) -> None:
+    extra = {"ernie.layers.2.mlp.gate.weight": ("F32", np.zeros((512, 4), np.float32))}
+    folder = two_bit.write_release(tmp_path / "r", experts, extra=extra)
+    with pytest.raises(WeightMismatchError, match=r"gate\.weight: has shape \[512, 4\], the original \[3, 512\]"):
+        check_two_bit(folder, original)
 
 
 def test_the_report_says_how_well_it_fits(release: Path, original: Path) -> None:
     report = check_two_bit(release, original)
+    assert report.n_plain == 2 * 4 + 2 * 3 + 2 and report.same == 1
     assert report.n_experts == 6 and 0.93 < report.lowest < report.median < 0.945 and 0.85 < report.size < 0.92
     for found in report.readings.values():
         assert 0.93 < found["documented"] < 0.945 and found["low-first"] < found["documented"] - 0.004

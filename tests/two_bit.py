@@ -114,8 +114,12 @@ def write_release(
     config_changes: Mapping | None = None,
     shards: int = 3,
     rename: Callable[[str], str] = str,
+    plain_seed: int = 0,
 ) -> Path:
-    """Writes a 2-bit release of these experts. `extra`: name -> (safetensors dtype, data), which may replace."""
+    """Writes a 2-bit release of these experts. `extra`: name -> (safetensors dtype, data), which may replace.
+
+    Norms, routers and the embedding are those of the original of seed `plain_seed`.
+    """
     small = "I8" if signed else "U8"
     kinds = {
         **dict.fromkeys(("quant_weight", "weight_scale"), small),
@@ -123,7 +127,7 @@ def write_release(
         **dict.fromkeys(("code_scale", "code_zp"), "F32"),
     }
     tensors = {name: (kinds[name.rsplit(".", 1)[1]], data) for name, data in experts.items()}
-    tensors |= {**_rest(shape, small), **(extra or {})}
+    tensors |= {**_rest(shape, small), **_plain(shape, plain_seed), **(extra or {})}
     tensors = {rename(name): entry for name, entry in tensors.items() if name not in set(drop)}
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, tensors, shards)
@@ -145,6 +149,9 @@ def write_sliced(
             else:
                 part = np.split(data, n_slices)[rank] if data.ndim == 2 else data
             out[name] = dtype, np.ascontiguousarray(part)
+    for name, (dtype, data) in _plain(shape, 0).items():
+        for rank, out in enumerate(slices):
+            out[name] = dtype, np.split(data, n_slices)[rank] if "embed_tokens" in name else data
     for rank, tensors in enumerate(slices):
         (folder / f"rank{rank}").mkdir(parents=True)
         write_shards(folder / f"rank{rank}", tensors, 1)
@@ -177,7 +184,7 @@ def quantization_config(shape: checkpoints.Shape) -> dict:
 
 
 def _rest(shape: checkpoints.Shape, small: str) -> dict[str, tuple[str, np.ndarray]]:
-    """What else such a release holds, in the documented shapes; all of it must come from elsewhere."""
+    """What else such a release has quantized, in the documented shapes; all of it must come from elsewhere."""
     out: dict[str, tuple[str, np.ndarray]] = {}
 
     def quantized(name: str, n_rows: int, n_cols: int, n_channels: int) -> None:
@@ -189,21 +196,35 @@ def _rest(shape: checkpoints.Shape, small: str) -> dict[str, tuple[str, np.ndarr
         layer = f"ernie.layers.{il}"
         quantized(f"{layer}.self_attn.qkv_proj", heads, n_embd, heads)
         quantized(f"{layer}.self_attn.o_proj", n_embd, shape.head_dim * shape.n_head, n_embd)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            out[f"{layer}.{norm}.weight"] = "BF16", np.zeros(n_embd, np.uint16)
         if il < shape.n_dense:
             quantized(f"{layer}.mlp.up_gate_proj", 2 * shape.n_ff, n_embd, 2 * shape.n_ff)
             quantized(f"{layer}.mlp.down_proj", n_embd, shape.n_ff, n_embd)
-            continue
-        out[f"{layer}.mlp.gate.weight"] = "F32", np.zeros((n_embd, shape.n_expert), np.float32)
-        out[f"{layer}.mlp.moe_statics.e_score_correction_bias"] = "F32", np.zeros((1, shape.n_expert), np.float32)
-        for e in range(shape.n_expert if il <= W4_END else 0):  # two weights in a byte
-            quantized(f"{layer}.mlp.experts.{e}.up_gate_proj", shape.n_ff_exp, n_embd, 2 * shape.n_ff_exp)
-            quantized(f"{layer}.mlp.experts.{e}.down_proj", n_embd // 2, shape.n_ff_exp, n_embd)
-    for name in ("ernie.embed_tokens.weight", "lm_head.weight"):
-        out[name] = "BF16", np.zeros((shape.n_vocab, n_embd), np.uint16)
-    out["ernie.norm.weight"] = "BF16", np.zeros(n_embd, np.uint16)
+        elif il <= W4_END:  # two weights in a byte
+            for e in range(shape.n_expert):
+                quantized(f"{layer}.mlp.experts.{e}.up_gate_proj", shape.n_ff_exp, n_embd, 2 * shape.n_ff_exp)
+                quantized(f"{layer}.mlp.experts.{e}.down_proj", n_embd // 2, shape.n_ff_exp, n_embd)
     return out
+
+
+def _plain(shape: checkpoints.Shape, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+    """What is not quantized; Paddle has matrices as [in, out], but the embedding."""
+    out: dict[str, tuple[str, np.ndarray]] = {}
+    for name, data in bf16_weights(shape, seed).items():
+        key = name.replace("model.", "ernie.", 1)
+        if name.endswith("mlp.gate.weight"):
+            out[key] = "F32", np.ascontiguousarray(data.T)
+        elif name.endswith("e_score_correction_bias"):
+            out[key] = "F32", data
+        elif "norm" in name or "embed_tokens" in name:
+            out[key] = "BF16", checkpoints.encode(data, "BF16")
+        elif name == "lm_head.weight":
+            out[name] = "BF16", checkpoints.encode(np.ascontiguousarray(data.T), "BF16")
+    return out
+
+
+def plain_names(shape: checkpoints.Shape = SHAPE) -> list[str]:
+    """Names of what is not quantized."""
+    return list(_plain(shape, 0))
 
 
 def read_tensors(folder: Path) -> dict[str, tuple[str, np.ndarray]]:

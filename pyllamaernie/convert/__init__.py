@@ -227,7 +227,7 @@ def _compare(experts: wint2.Experts, checkpoint: Checkpoint, progress: Progress)
 
     progress.start(len(experts.layers) * experts.n_expert, "experts", "check")
     try:
-        return check(experts, Originals(pool, c, ernie4_5_moe.text_bank(c)), advance)
+        return check(experts, Originals(pool, c, ernie4_5_moe.text_bank(c)), checkpoint.tensors, advance)
     finally:
         progress.close()
 
