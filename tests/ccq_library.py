@@ -17,8 +17,12 @@ SOURCES = (FOLDER / "ggml-ccq.c", FOLDER / "ggml-cpu" / "ccq.c")
 FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-shared", "-fPIC"]
 PATHS = {  # of the dot products: the compiler's flags, and what the processor must have
     "portable": ((), ()),
-    "avx2": (("-mavx2",), ("avx2",)),
+    "avx2": (("-mavx2", "-mfma"), ("avx2", "fma")),
     "avx512": (("-mavx512f", "-mavx512bw", "-mavx512vnni"), ("avx512f", "avx512bw", "avx512_vnni")),
+    "avx512-vbmi": (
+        ("-mavx512f", "-mavx512bw", "-mavx512vnni", "-mavx512vbmi"),
+        ("avx512f", "avx512bw", "avx512_vnni", "avx512vbmi"),
+    ),
 }
 NAMES = ("CCQ2", "CCQ2_25", "CCQ2_5", "CCQ2_75")  # the order of ggml_ccq_codes
 
@@ -89,6 +93,14 @@ class Library:
                 *(pointer, ctypes.c_size_t, ctypes.c_int),
             ]
         lib.ggml_ccq_cpu_path.restype = ctypes.c_char_p
+        lib.ggml_ccq_dot_rows.argtypes = [
+            *(ctypes.c_int, ctypes.c_int, pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer),
+        ]
+        lib.ggml_ccq_dot_rows.restype = ctypes.c_bool
+        lib.ggml_ccq_unpack_rows.argtypes = [
+            *(ctypes.c_int, pointer, ctypes.c_size_t, ctypes.c_int, pointer),
+            *(pointer, ctypes.c_int, pointer, ctypes.c_int),
+        ]
         for name in NAMES:
             function = getattr(lib, f"quantize_{name.lower()}")
             function.argtypes, function.restype = [pointer, pointer, count, count, pointer], ctypes.c_size_t
@@ -147,6 +159,28 @@ class Library:
         function = getattr(self.lib, f"ggml_vec_dot_{name.lower()}_q8_K")
         function(n_weights, out.ctypes.data, 0, blocks.ctypes.data, 0, activations.ctypes.data, 0, 1)
         return out[0]
+
+    def dot_rows(self, number: int, n_weights: int, rows: np.ndarray, activations: np.ndarray) -> np.ndarray:
+        """Dot products of rows of the type with this id with a row of q8_k(). Shapes: (n_rows, bytes) -> (n_rows,)."""
+        rows, activations, out = (
+            np.ascontiguousarray(rows),
+            np.ascontiguousarray(activations),
+            np.zeros(len(rows), "f4"),
+        )
+        if not self.lib.ggml_ccq_dot_rows(
+            number, n_weights, out.ctypes.data, rows.ctypes.data, rows.shape[1], len(rows), activations.ctypes.data
+        ):
+            raise AssertionError(f"ggml_ccq_dot_rows does not know type {number}")
+        return out
+
+    def unpack_rows(self, number: int, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scales of blocks and of 32 weights, and weights. Shapes: (n, bytes) -> (n,), (n, 8) int32, (n, 256) int64."""
+        n, blocks = len(blocks), np.ascontiguousarray(blocks)
+        d, scales, q = np.zeros(n, "f4"), np.zeros((n, 8), np.int32), np.zeros((n, 256), np.uint8)
+        self.lib.ggml_ccq_unpack_rows(
+            number, blocks.ctypes.data, blocks.shape[1], n, d.ctypes.data, scales.ctypes.data, 8, q.ctypes.data, 256
+        )
+        return d, scales, q.astype(np.int64) - 128
 
     def code_error(self, code: NativeCode, x: np.ndarray, gain: float, beam: int = 256):
         """Mean squared error with one fixed gain, and the table index of every weight.
