@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("pyllamaernie.convert", "convert a Hugging Face folder to GGUF"),
     "quantize": ("pyllamaernie.quantize", "make a model smaller: a preset, a recipe, or a plan"),
     "imatrix": ("pyllamaernie.imatrix", "measure what a model's weights matter for, on text and pictures"),
+    "plan": ("pyllamaernie.plan", "choose a type for every tensor, so that a file of a given size loses least"),
     "compare": ("pyllamaernie.compare", "show what smaller files of a model lose: divergence, perplexity, size, speed"),
     "prune": ("pyllamaernie.prune", "drop the experts that calibration data use least"),
     "slice": ("pyllamaernie.slice_model", "keep some layers, experts or experts per token, byte for byte"),

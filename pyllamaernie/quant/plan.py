@@ -195,6 +195,7 @@ class Planner:
         self.rules, self.baselines, self.n_trials, self.seed = tuple(rules), baselines, n_trials, seed
         self.n_params = sum(math.prod(w.shape) for w in self.source.weights)
         self.notes: list[str] = []
+        self.runs: list[tuple[float, float]] = []  # (predicted, measured KL) of every plan that was solved and run
         self._bar = _Bar(progress)
         n_threads = n_threads or n_cpu()
         with self._bar.stage("errors of types", len(quantizable_names(self.source))) as step:
@@ -239,6 +240,10 @@ class Planner:
         if not bpw > 0:
             raise InputError(f"bpw is a positive number, got {bpw}")
         return header_bytes(self.source, self.importance, {}) + int(bpw * self.n_params / 8)
+
+    def solve(self, curves: Mapping[str, Curve], size_bytes: int) -> budget.Plan:
+        """The best choice for a size by these curves; nothing is run. Raises: BudgetError, InputError."""
+        return self._solve(curves, size_bytes, header_bytes(self.source, self.importance, {}))
 
     # ---- one size
 
@@ -335,6 +340,7 @@ class Planner:
         n_rounds = N_OPERATING if bits < OPERATING_BPW else 1
         rng = np.random.default_rng(self.seed)
         best = (self._run(solved.types), curves, solved)
+        self.runs.append((solved.loss, best[0]))
         seen = {tuple(solved.types.items())}
         with self._bar.stage("plans", n_rounds + self.n_trials) as step:
             for turn in range(n_rounds + self.n_trials):
@@ -345,7 +351,9 @@ class Planner:
                 solved = self._solve(curves, size_bytes, header)
                 if tuple(solved.types.items()) not in seen:
                     seen.add(tuple(solved.types.items()))
-                    best = min(best, (self._run(solved.types), curves, solved), key=lambda x: x[0])
+                    found = (self._run(solved.types), curves, solved)
+                    self.runs.append((solved.loss, found[0]))
+                    best = min(best, found, key=lambda x: x[0])
                 step()
         return best
 
@@ -387,20 +395,24 @@ class Planner:
     def _baselines(
         self, size_bytes: int, measured: float | None
     ) -> tuple[list[Baseline], tuple[str, dict[str, str], float] | None]:
-        """The two largest presets and the two largest single types that fit, and the best if it beats the plan."""
-        fitting = []
-        for name, types in self.known_plans().items():
-            n_bytes = file_bytes(self.source, self.importance, types)
-            if n_bytes <= size_bytes:
-                fitting.append((n_bytes, name, types))
-        fitting.sort(key=lambda row: (-row[0], row[1]))
-        kept = [row for kind in ("stock", "all") for row in [r for r in fitting if r[1].startswith(kind)][:2]]
+        """The two largest presets and the two largest single types that fit, and the best if it beats the plan.
+
+        The preset one size up is run as well, for the report.
+        """
+        known = [(file_bytes(self.source, self.importance, t), name, t) for name, t in self.known_plans().items()]
+        known.sort(key=lambda row: (-row[0], row[1]))
+        kept = []
+        for kind in ("stock", "all"):
+            rows = [row for row in known if row[1].startswith(kind)]
+            n_larger = sum(row[0] > size_bytes for row in rows)
+            kept += rows[max(n_larger - (kind == "stock"), 0) : n_larger + 2]
         found, better = [], None
         with self._bar.stage("stock presets", len(kept)) as step:
             for n_bytes, name, types in kept:
                 kl = None if self.probe is None else self._run(types)
                 found.append(Baseline(name, n_bytes, kl))
-                if kl is not None and measured is not None and kl < min(measured, better[2] if better else measured):
+                fits = n_bytes <= size_bytes and kl is not None and measured is not None
+                if fits and kl < (better[2] if better else measured):
                     better = (name, types, kl)
                 step()
         return found, better

@@ -1,0 +1,184 @@
+"""`pyllamaernie plan`: a type for every tensor of a model, so that the file has a given size and loses least.
+
+The verb around `quant/plan.py`, which does the work; `plan_report` shows the result. Nothing of the model is written:
+`pyllamaernie quantize --plan` carries a plan out, and so does llama-quantize with the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from pyllamaernie.errors import EXIT_USAGE, InputError
+from pyllamaernie.samples import QUESTION, asked_pictures, wrong_prompts
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{u}i": 1 << 10 * (i + 1) for i, u in enumerate("kmgt")}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "12GiB", "800 MB", "1.5g" or "123456"; with i powers of 1024, without powers of 1000.
+
+    Raises: InputError naming what is allowed.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2].lower() not in _UNITS or not float(found[1]) > 0:
+        raise InputError(f"size {text!r}: expected bytes, as in 12GiB, 800MB (powers of 1000) or 123456")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+EPILOG = """examples:
+  pyllamaernie plan ernie-21b-bf16.gguf --size 8GiB --imatrix imatrix.gguf -f selection.txt -o ernie-8g.plan.json
+  pyllamaernie plan ernie-vl-bf16.gguf --bpw 3 --imatrix imatrix.gguf -f text.txt --images photos/ -o vl.plan.json
+  pyllamaernie plan ernie-0.3b-bf16.gguf --bpw 4.5 --pin '^output=Q8_0' --max ffn_.*_exps=IQ4_XS -o small.plan.json
+  pyllamaernie quantize ernie-21b-bf16.gguf --plan ernie-8g.plan.json --imatrix imatrix.gguf -o ernie-8g.gguf
+
+MODEL is a GGUF file in F32, F16 or BF16. Three steps:
+  errors   every tensor in every type, by the real encoders on sampled rows, weighted as the calibration data use them
+  probes   groups of tensors get coarser weights in the loaded model, and the output on TEXT and pictures is compared
+  plans    the best choice of types is computed (a proof says how much better another could be), run, and improved where
+           losses do not add; the stock presets and single types that fit run too, and if one is better, it is used
+Use a text that is neither in the importance matrix nor in your final comparison; 16 chunks of 512 tokens are read.
+Without a text and pictures nothing is run, and losses are guessed from other models: quick, and less good.
+
+Beside OUT.plan.json: OUT.recipe.txt, which `llama-quantize --tensor-type-file` takes (with any quantized base type,
+such as Q8_0), and OUT.plan.md, a report, with pictures where matplotlib is there (pip install 'pyllamaernie[plot]').
+exit codes: 0 done, 1 failed, 2 bad usage, 3 nothing fits the size, 4 a file is missing or unreadable, 5 not enough
+memory, 130 interrupted"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("model", metavar="MODEL", help="GGUF file that is not quantized")
+    add_budget(parser.add_argument_group("how large (one of these)").add_mutually_exclusive_group(required=True))
+    parser.add_argument("-o", "--output", metavar="OUT.plan.json", required=True, help="the plan")
+    data = parser.add_argument_group("data")
+    data.add_argument("--imatrix", metavar="FILE", help="importance of the columns, from `pyllamaernie imatrix`")
+    data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text that plans are measured on")
+    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
+    data.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
+    )
+    data.add_argument(
+        "--mmproj", metavar="FILE", default="auto", help="projector for pictures (default: the one beside the model)"
+    )
+    add_limits(parser.add_argument_group("types"))
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--probe",
+        choices=("auto", "none", "groups", "each"),
+        default="auto",
+        help="what is probed together: a kind of tensor in a quarter of the layers (groups), every tensor alone "
+        "(each), nothing (none); auto: groups where there is a text or a picture",
+    )
+    work.add_argument("--trials", type=int, metavar="N", help="varied plans that are run too (default: 16)")
+    work.add_argument("--cache", metavar="FOLDER", help="keep the errors here: the next plan of the model starts there")
+    work.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
+    work.add_argument("--overwrite", action="store_true", help="replace existing outputs")
+    work.add_argument("--no-report", action="store_true", help="only the plan and the recipe")
+    work.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
+def add_budget(group: argparse._MutuallyExclusiveGroup) -> None:
+    """--size and --bpw, for every verb that plans."""
+    group.add_argument("--size", metavar="BYTES", help="of the whole file, such as 12GiB, 800MB or 123456789")
+    group.add_argument("--bpw", type=float, metavar="X", help="bits per weight over all tensors, such as 3.5")
+
+
+def add_limits(group: argparse._ArgumentGroup) -> None:
+    """--pin, --min, --max and --types, for every verb that plans."""
+    for kind, text in (
+        ("pin", "this type for the tensors in whose name the pattern is found; may be repeated, as the next two"),
+        ("min", "no type with fewer bits for them"),
+        ("max", "no type with more bits for them"),
+    ):
+        group.add_argument(f"--{kind}", action="append", default=[], metavar="REGEX=TYPE", help=text)
+    group.add_argument(
+        "--types", metavar="LIST", help="only these, such as Q4_K,Q6_K,Q8_0: what a stock llama.cpp can load has no CCQ"
+    )
+
+
+def rules_of(args: argparse.Namespace) -> list:
+    """The limits of a command line. Raises: InputError for one that is not REGEX=TYPE."""
+    from pyllamaernie.quant.budget import Rule
+    from pyllamaernie.quant.native import ggml_type
+
+    rules = []
+    for kind in ("pin", "min", "max"):
+        for word in getattr(args, kind):
+            pattern, _, name = word.rpartition("=")
+            if not pattern or not name:
+                raise InputError(f"--{kind} {word!r}: expected REGEX=TYPE, such as ffn_down_exps=IQ4_XS")
+            rules.append(Rule(pattern, kind, ggml_type(name).name))
+    return rules
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.threads is not None and args.threads < 1:
+        print(f"pyllamaernie plan: --threads is a positive whole number, got {args.threads}", file=sys.stderr)
+        return EXIT_USAGE
+    if args.trials is not None and args.trials < 0:
+        print(f"pyllamaernie plan: --trials is a whole number from 0 up, got {args.trials}", file=sys.stderr)
+        return EXIT_USAGE
+    if wrong := wrong_prompts(args):
+        print(f"pyllamaernie plan: {wrong}", file=sys.stderr)
+        return EXIT_USAGE
+    output = Path(args.output)
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output.parent} is not a folder")
+    stem = output.name.removesuffix(".json").removesuffix(".plan")
+    recipe, report = (output.with_name(stem + ending) for ending in (".recipe.txt", ".plan.md"))
+    for path in (output, recipe, *(() if args.no_report else (report,))):
+        if path.exists() and not args.overwrite:
+            raise InputError(f"{path} exists; choose another name or allow overwriting (--overwrite)")
+    size_bytes = None if args.size is None else parse_size(args.size)
+    pictures = asked_pictures(args)
+
+    from pyllamaernie.quant.plan import N_TRIALS, Planner
+
+    with Planner(
+        args.model,
+        importance=args.imatrix,
+        text=args.file,
+        pictures=pictures,
+        mmproj=args.mmproj,
+        probe=args.probe,
+        rules=rules_of(args),
+        types=None if args.types is None else args.types.split(","),
+        n_trials=N_TRIALS if args.trials is None else args.trials,
+        n_threads=args.threads,
+        cache=args.cache,
+        progress=sys.stderr.isatty() and not args.no_progress,
+    ) as planner:
+        plan = planner.plan(planner.size_of(args.bpw) if size_bytes is None else size_bytes)
+        for note in plan.notes:
+            print(f"pyllamaernie plan: note: {note}", file=sys.stderr)
+        _write(output, plan.to_json())
+        _write(recipe, plan.recipe())
+        if not args.no_report:
+            from pyllamaernie.plan_report import write_report
+
+            write_report(plan, planner, report)
+    kl = "" if plan.kl_measured is None else f", mean KL {plan.kl_measured:.4g} on the selection data"
+    print(
+        f"{output}: {plan.size_bytes} bytes of {plan.budget_bytes} ({plan.budget_bytes - plan.size_bytes} unused), "
+        f"{plan.bpw:.3f} bits per weight{kl}"
+    )
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    """The file appears only when it is whole."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
+        (Path(folder) / path.name).write_text(text, encoding="utf-8")
+        os.replace(Path(folder) / path.name, path)
