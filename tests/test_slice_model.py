@@ -20,6 +20,7 @@ pytest.importorskip("pyllamaernie._core", reason="the native module is not built
 from pyllamaernie import Llama, _upstream, programs
 from pyllamaernie.convert import convert
 from pyllamaernie.errors import CorruptModelError, InputError, ModelNotFoundError, UnsupportedInputError
+from pyllamaernie.expert_scores import Importance
 from pyllamaernie.slice_model import first_experts, parse_layers, read_plan, slice_model, slice_preset
 from pyllamaernie.slice_source import open_source
 
@@ -199,6 +200,169 @@ def test_plan_names_the_experts(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[f"blk.2.{tail}"], experts)
     _, keys = contents(tmp_path / "out.gguf")
     assert keys["prune.kept.text"] == [0, 2, 5, 5, 6, 7] and keys["slice.layers"] == [0, 1, 3]
+
+
+# ---- the width of experts
+
+
+def silenced(kind: str, lost: dict[tuple[str, int], np.ndarray]) -> dict[str, np.ndarray]:
+    """Down projections with the columns of lost neurons at zero. Shapes: lost[pool, layer] (n_expert, n_ff) bool"""
+    out = {}
+    tensors = {t.name: np.array(t.data) for t in _upstream.read_gguf(gguf(kind))[1]}
+    for (pool, il), mask in lost.items():
+        name = f"blk.{il}.ffn_down_exps{'_vl' if pool == 'vision' else ''}.weight"
+        out[name] = np.where(mask[:, None, :], 0, tensors[name]).astype(np.float32)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["moe", "vl"])
+def test_narrow_experts_are_the_wide_ones_without_some_neurons(kind: str, tmp_path: Path) -> None:
+    widths = {"text": 40} | ({"vision": 10} if kind == "vl" else {})
+    result = slice_model(gguf(kind), tmp_path / "out.gguf", expert_ff=widths)
+    full = {"text": 96, "vision": 32}
+    lost = {(p, il): np.tile(np.arange(full[p]) >= n, (8, 1)) for p, n in widths.items() for il in (1, 2, 3)}
+    rewrite(gguf(kind), tmp_path / "silent.gguf", silenced(kind, lost))
+    for picture in [False] + [True] * (kind == "vl"):
+        expected = logits(tmp_path / "silent.gguf", picture=picture)
+        cut = logits(tmp_path / "out.gguf", picture=picture)
+        np.testing.assert_allclose(cut, expected, rtol=0, atol=1e-4 * expected.std())
+        assert np.abs(logits(gguf(kind), picture=picture) - cut).max() > 0.1 * expected.std()
+    _, keys = contents(tmp_path / "out.gguf")
+    arch = keys["general.architecture"]
+    assert keys[f"{arch}.expert_feed_forward_length"] == 40
+    assert keys.get(f"{arch}.expert_feed_forward_length_vl") == widths.get("vision")
+    assert keys["general.size_label"] != contents(gguf(kind))[1]["general.size_label"]
+    assert any("was trained as one" in line for line in result.warnings)
+
+
+def test_neurons_that_add_most_are_kept(tmp_path: Path) -> None:
+    """Importance is squared input times squared column of down; here both are known by construction."""
+    rng = np.random.default_rng(5)
+    tensors = {t.name: np.array(t.data) for t in _upstream.read_gguf(gguf("moe"))[1]}
+    statistics, lost = {}, {}
+    for il in (1, 2, 3):
+        name = f"blk.{il}.ffn_down_exps.weight"
+        inputs = rng.lognormal(0, 2, (8, 96))
+        statistics |= {f"{name}.counts": np.full((8, 1), 5.0), f"{name}.in_sum2": inputs}
+        added = inputs * np.square(tensors[name].astype(float)).sum(1)
+        lost["text", il] = added < np.sort(added, axis=1)[:, 96 - 32, None]
+    importance = Importance(tmp_path / "i.gguf", statistics)
+    slice_model(gguf("moe"), tmp_path / "out.gguf", expert_ff={"text": 32}, importance=importance)
+    rewrite(gguf("moe"), tmp_path / "silent.gguf", silenced("moe", lost))
+    expected = logits(tmp_path / "silent.gguf")
+    np.testing.assert_allclose(logits(tmp_path / "out.gguf"), expected, rtol=0, atol=1e-4 * expected.std())
+
+
+def test_width_of_a_quantized_file_is_cut_at_blocks(quantized: dict, tmp_path: Path) -> None:
+    rng = np.random.default_rng(6)
+    names = [f"blk.{il}.ffn_down_exps.weight" for il in (1, 2, 3)]
+    statistics = {f"{name}.counts": np.full((8, 1), 5.0) for name in names}
+    statistics |= {f"{name}.in_sum2": rng.lognormal(0, 3, (8, 96)) for name in names}
+    importance = Importance(tmp_path / "i.gguf", statistics)
+    slice_model(quantized["moe"], tmp_path / "first.gguf", expert_ff={"text": 64})
+    slice_model(quantized["moe"], tmp_path / "best.gguf", expert_ff={"text": 64}, importance=importance)
+    before, first, best = (
+        {t.name: t.data for t in _upstream.read_gguf(path)[1]}
+        for path in (quantized["moe"], tmp_path / "first.gguf", tmp_path / "best.gguf")
+    )
+    moved = 0
+    for il in (1, 2, 3):
+        down, up = f"blk.{il}.ffn_down_exps.weight", f"blk.{il}.ffn_up_exps.weight"
+        blocks = before[down].reshape(8, 256, 3, 34)
+        assert first[down].tobytes() == blocks[:, :, :2].tobytes()
+        assert first[up].tobytes() == before[up][:, :64].tobytes()
+        for e in range(8):
+            kept = [b for b in range(3) if blocks[e][:, b].tobytes() in
+                    [best[down].reshape(8, 256, 2, 34)[e][:, i].tobytes() for i in (0, 1)]]  # fmt: skip
+            moved += kept != [0, 1]
+            rows = np.concatenate([before[up][e][32 * b : 32 * b + 32] for b in kept])
+            assert len(kept) == 2 and best[up][e].tobytes() == rows.tobytes()
+    assert moved > 4 and np.isfinite(logits(tmp_path / "best.gguf")).all()
+    for error, match, options in [
+        (InputError, "50 neurons cannot be kept: blk.1.ffn_down_exps.weight is Q8_0, .* in blocks of 32", {"text": 50}),
+        (InputError, "97 neurons cannot be kept; .* have 96", {"text": 97}),
+        (InputError, "has no experts for vision, only for text", {"vision": 16}),
+    ]:
+        with pytest.raises(error, match=match):
+            slice_model(quantized["moe"], tmp_path / "never.gguf", expert_ff=options)
+    assert not (tmp_path / "never.gguf").exists()
+
+
+@pytest.mark.reference
+def test_cut_model_is_what_transformers_makes_of_the_cut_weights(tmp_path: Path) -> None:
+    """Layers 0 and 2, experts 1, 3, 4, 6 and 7, 64 of 96 neurons, 2 experts per token: all at once."""
+    reference = pytest.importorskip("reference")
+    experts = [1, 3, 4, 6, 7]
+    kept = {"text": {il: experts for il in (1, 2, 3)}}
+    slice_model(gguf("moe"), tmp_path / "out.gguf", layers=[0, 2], experts=kept, top_k=2, expert_ff={"text": 64})
+    weights, cut = checkpoints.weights_of("moe", tied=False), {}
+    for name, data in weights.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        if layer in (1, 3):
+            continue
+        if layer == 2:
+            name = name.replace(".layers.2.", ".layers.1.")
+            if ".experts." in name:
+                old = int(name.split(".")[5])
+                if old not in experts:
+                    continue
+                name = name.replace(f".experts.{old}.", f".experts.{experts.index(old)}.")
+                data = data[:, :64] if "down_proj" in name else data[:64]
+            elif name.endswith("mlp.gate.weight"):
+                data = data[experts]
+            elif name.endswith("e_score_correction_bias"):
+                data = data[:, experts]
+        cut[name] = data
+    shape = checkpoints.shape_with("moe", n_layer=2, n_expert=5, n_expert_used=2, n_ff_exp=64, n_shared=3)  # 3 x 64
+    folder = checkpoints.write_checkpoint(tmp_path / "hf", "moe", shape=shape, tied=False, extra=cut)
+    assert set(checkpoints.tensors("moe", shape, tied=False)) == set(cut)
+    expected = reference.logits(folder, IDS)
+    np.testing.assert_allclose(logits(tmp_path / "out.gguf"), expected, rtol=0, atol=2e-3 * expected.std())
+
+
+# ---- what a model was trained for
+
+
+def elastic_file(path: Path) -> Path:
+    keys = {
+        "elastic.names": ("list:str", ["half", "sparse"]),
+        "elastic.half.layers": ("list:u32", [0, 1, 3]),
+        "elastic.half.expert_count": ("u32", 4),
+        "elastic.half.expert_feed_forward_length": ("u32", 64),
+        "elastic.half.expert_used_count": ("u32", 2),
+        "elastic.sparse.expert_used_count": ("u32", 1),
+    }
+    return rewrite(gguf("moe"), path, {}, keys)
+
+
+def test_preset_is_the_sub_model_that_the_file_names(tmp_path: Path) -> None:
+    whole = elastic_file(tmp_path / "elastic.gguf")
+    result = slice_preset(whole, tmp_path / "half.gguf", "half")
+    assert (result.n_layer, result.n_expert, result.n_expert_used) == (3, 4, 2)
+    assert not any("trained" in line for line in result.warnings)
+    cuts = {"layers": [0, 1, 3], "experts": 4, "top_k": 2}
+    by_hand = slice_model(whole, tmp_path / "hand.gguf", **cuts, expert_ff={"text": 64})
+    assert not any("trained" in line for line in by_hand.warnings), "the same cut, however it was asked for"
+    other = slice_model(whole, tmp_path / "other.gguf", **cuts)
+    assert any("its file names half, sparse, not this one" in line for line in other.warnings)
+    one, two = contents(tmp_path / "half.gguf"), contents(tmp_path / "hand.gguf")
+    assert one == two and one[1]["elastic.chosen"] == "half" and "elastic.names" not in one[1]
+    assert not [name for name in contents(tmp_path / "other.gguf")[1] if name.startswith("elastic.")]
+    slice_preset(whole, tmp_path / "sparse.gguf", "sparse")
+    plain = slice_model(gguf("moe"), tmp_path / "plain.gguf", top_k=1).path
+    np.testing.assert_array_equal(logits(tmp_path / "sparse.gguf"), logits(plain))
+
+
+def test_presets_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    whole = elastic_file(tmp_path / "elastic.gguf")
+    broken = rewrite(whole, tmp_path / "broken.gguf", {}, {"elastic.half.expert_count": ("str", "four")})
+    for error, match, model in [
+        (InputError, "does not say that it was trained to be cut .no key elastic.names.", gguf("moe")),
+        (InputError, "no preset 'tiny'; it was trained for half, sparse", whole),
+        (CorruptModelError, "elastic.half.expert_count is 'four', expected a whole number", broken),
+    ]:
+        with pytest.raises(error, match=match):
+            slice_preset(model, tmp_path / "out.gguf", "tiny")
 
 
 def test_refusals_name_the_value_and_leave_no_file(tmp_path: Path) -> None:
