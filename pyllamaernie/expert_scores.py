@@ -8,7 +8,7 @@ Source: REAP is arXiv 2510.13999, equation of its saliency; `paper` is arXiv 250
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,6 +90,32 @@ def _check_finite(path: Path, name: str, *arrays: np.ndarray) -> None:
         raise InputError(f"{path}: the statistics of {name} are not all finite and positive")
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """One layer of one pool. Shapes: counts, scores (n_expert,). `kept` and `removed` are ascending.
+
+    `supers`: experts that stay because of their largest output. `removed_mass`: share of the router's probability that
+    the removed experts had, None if it was not measured.
+    """
+
+    pool: str
+    layer: int
+    counts: np.ndarray
+    scores: np.ndarray
+    kept: tuple[int, ...]
+    supers: tuple[int, ...] = ()
+    removed_mass: float | None = None
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        return tuple(e for e in range(len(self.counts)) if e not in self.kept)
+
+    @property
+    def unused(self) -> tuple[int, ...]:
+        """Experts that no calibration token reached."""
+        return tuple(e for e, count in enumerate(self.counts) if count == 0)
+
+
 def read_importance(path: str | os.PathLike[str]) -> Importance:
     """Raises: InputError for a file that is no GGUF importance matrix, FileNotFoundError."""
     from pyllamaernie._upstream import read_gguf
@@ -141,6 +167,14 @@ def expert_scores(
             mean = values / n
             values = 0.5 * counts / max(counts.max(), 1) + 0.5 * mean / max(mean.max(), 1e-30)
     return counts.astype(np.int64), np.where(counts > 0, values, 0.0)
+
+
+def removed_mass(source: Source, importance: Importance, pool: str, il: int, kept: Sequence[int]) -> float | None:
+    """Share of the router's probability that the other experts had, None if it was not measured."""
+    prob = importance.experts(source.down(pool, il)).get("prob")
+    if prob is None or prob.sum() == 0:
+        return None
+    return float(1 - prob[list(kept)].sum() / prob.sum())
 
 
 def neuron_energies(source: Source, importance: Importance, pool: str, il: int) -> np.ndarray:

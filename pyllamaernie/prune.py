@@ -8,52 +8,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllamaernie.errors import EXIT_USAGE, InputError
-from pyllamaernie.expert_scores import SCORES, Importance, expert_scores, read_importance
+from pyllamaernie.expert_scores import SCORES, Importance, Ranking, expert_scores, read_importance, removed_mass
+from pyllamaernie.prune_probe import BAND, N_CHUNKS, refine
+from pyllamaernie.samples import QUESTION, folder_pictures
 from pyllamaernie.slice_model import PLAN_FORMAT, SOFTMAX, SliceResult, show, slice_model
 from pyllamaernie.slice_source import Source, open_source
 
 if TYPE_CHECKING:
     import numpy as np
 
+logger = logging.getLogger("pyllamaernie.quant")
+
 DEFAULT = "count"
 SUPER = 10  # an expert whose largest output is this many times the layer's median stays
 PER_TOKEN = 2  # experts to keep for each one that a token uses
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """One layer of one pool. Shapes: counts, scores (n_expert,). `kept` and `removed` are ascending.
-
-    `supers`: experts that stay because of their largest output. `removed_mass`: share of the router's probability that
-    the removed experts had, None if it was not measured.
-    """
-
-    pool: str
-    layer: int
-    counts: np.ndarray
-    scores: np.ndarray
-    kept: tuple[int, ...]
-    supers: tuple[int, ...] = ()
-    removed_mass: float | None = None
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        return tuple(e for e in range(len(self.counts)) if e not in self.kept)
-
-    @property
-    def unused(self) -> tuple[int, ...]:
-        """Experts that no calibration token reached."""
-        return tuple(e for e, count in enumerate(self.counts) if count == 0)
 
 
 def rank_experts(
@@ -108,17 +86,38 @@ def prune(
     top_k: int | None = None,
     exact: bool = False,
     force: bool = False,
+    probe: str | os.PathLike[str] | None = None,
+    pictures: Sequence[tuple[Any, str]] = (),
+    band: float = BAND,
+    n_chunks: int = N_CHUNKS,
+    n_threads: int | None = None,
     plan: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    progress: bool = False,
 ) -> tuple[SliceResult, list[Ranking]]:
     """Write `model` without its least contributing experts, and with `plan` the decision as JSON.
 
     `exact`: the routers stay whole, so the file is the same as the model with those experts masked, and only this
     package loads it. Otherwise a correction bias is scaled by what the router's probabilities grow on average.
+    `probe` is a text, `pictures` holds (picture, question) pairs, by which experts near the cut are chosen as `refine`
+    does; neither should be the calibration's.
     Raises: as `rank_experts` and `slice_model`. No file is left then.
     """
     source = open_source(model)
     rankings = rank_experts(source, imatrix, keep=keep, ratio=ratio, score=score, top_k=top_k, force=force)
+    if probe is not None or pictures:
+        rankings, before, after = refine(
+            source,
+            rankings,
+            read_importance(imatrix),
+            probe,
+            pictures=pictures,
+            band=band,
+            n_chunks=n_chunks,
+            n_threads=n_threads,
+            progress=progress,
+        )
+        logger.info("mean KL on %s: %.5f by %s, %.5f after probing", probe or "pictures", before, score, after)
     result = write_pruned(source, output, rankings, score, top_k=top_k, exact=exact, overwrite=overwrite)
     if plan is not None:
         write_plan(plan, source, imatrix, score, rankings)
@@ -239,9 +238,8 @@ def _ranking(
                 f"{SUPER} times the layer's median; keep more, or insist (--force)"
             )
         kept += best
-    removed = [e for e in range(n) if e not in kept]
-    mass = parts["prob"][removed].sum() / parts["prob"].sum() if parts.get("prob") is not None else None
-    return Ranking(pool, il, counts, scores, tuple(sorted(kept)), supers, None if mass is None else float(mass))
+    kept.sort()
+    return Ranking(pool, il, counts, scores, tuple(kept), supers, removed_mass(source, importance, pool, il, kept))
 
 
 # ---- the verb
@@ -252,6 +250,7 @@ EPILOG = f"""examples:
   pyllamaernie imatrix -m ernie-21b.gguf -f calibration.txt -o imatrix.gguf
   pyllamaernie prune ernie-21b.gguf --imatrix imatrix.gguf --ratio 0.75 -o ernie-21b-48e.gguf
   pyllamaernie prune ernie-vl.gguf --imatrix imatrix.gguf --keep 48 --plan plan.json -o ernie-vl-48e.gguf
+  pyllamaernie prune ernie-21b.gguf --imatrix imatrix.gguf --keep 48 --probe selection.txt -o ernie-21b-48e.gguf
   pyllamaernie compare ernie-21b.gguf ernie-21b-48e.gguf -f test.txt
 
 Every layer keeps the same number of experts, each its own best; a vision model keeps as many for pictures as for text,
@@ -264,6 +263,9 @@ All but count, energy and norm need an importance matrix of `pyllamaernie imatri
 try them and let `pyllamaernie compare` decide. Experts that no token of the calibration text reached go first. An
 expert whose largest output is {SUPER} times the layer's median stays, and {PER_TOKEN} experts for each one that a token
 uses; --force insists.
+
+Scores near the cut hardly differ. --probe masks those experts in the loaded model, one at a time, and keeps the ones
+that the output misses most: a run over {N_CHUNKS} chunks of the text for a quarter of all experts.
 
 The router's softmax then runs over the kept experts. Mixing weights stay exact, since they are renormalised over the
 chosen ones. With a correction bias (ERNIE 4.5 has one), which is scaled by the average growth of the probabilities, a
@@ -285,6 +287,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="experts that a token uses (default: as before)")
     parser.add_argument("--exact", action="store_true", help="keep the routers whole; only this package loads the file")
     parser.add_argument("--force", action="store_true", help="remove experts that should stay")
+    probe = parser.add_argument_group("experts near the cut by what masking them costs (runs the model)")
+    probe.add_argument("--probe", metavar="TEXT", help="a text, not the calibration's")
+    probe.add_argument("--probe-images", metavar="FOLDER", help="pictures, for the experts for vision")
+    probe.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--plan", metavar="FILE", help="write the decision and its scores here as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
@@ -305,8 +311,12 @@ def run(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         exact=args.exact,
         force=args.force,
+        probe=args.probe,
+        pictures=[(path, QUESTION) for path in folder_pictures(args.probe_images)],
+        n_threads=args.threads,
         plan=args.plan,
         overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
     )
     for line in report(result, rankings):
         print(f"pyllamaernie prune: warning: {line}", file=sys.stderr)

@@ -1,0 +1,119 @@
+"""Ranking the experts near the cut again, for `prune --probe`: by what masking each of them does to the output.
+
+The model is loaded once. An expert is masked by its correction bias, in memory: a token then chooses the next one, as
+in the pruned file. The scores decide about clear cases; around the cut, where they hardly differ, the KL to the whole
+model decides, measured while all other layers are pruned as planned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pyllamaernie.errors import InputError, UnsupportedInputError
+from pyllamaernie.expert_scores import Importance, Ranking, removed_mass
+from pyllamaernie.slice_source import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pyllamaernie.quant.probe import Probe
+
+BAND = 0.125  # of the experts of a layer, on either side of the cut
+N_CHUNKS = 8
+MASK = -1e9  # added to a probability, it is never among the largest
+
+
+def refine(
+    source: Source,
+    rankings: Sequence[Ranking],
+    importance: Importance,
+    text: str | os.PathLike[str] | None,
+    *,
+    pictures: Sequence[tuple[Any, str]] = (),
+    mmproj: str | os.PathLike[str] | None = "auto",
+    band: float = BAND,
+    n_chunks: int = N_CHUNKS,
+    n_threads: int | None = None,
+    progress: bool = False,
+) -> tuple[list[Ranking], float, float]:
+    """The rankings with the experts around each cut chosen by KL, and the KL on this text before and after.
+
+    `band` is the share of a layer's experts on either side of the cut that are tried. Pools that nothing here reaches
+    stay as they are, and so does everything when the result is no better.
+    Raises: InputError, UnsupportedInputError without correction biases, the load errors of `Llama`.
+    """
+    from tqdm import tqdm
+
+    from pyllamaernie.quant.probe import Probe
+    from pyllamaernie.quant.source import gguf_source
+
+    if not 0 < band <= 1:
+        raise InputError(f"the band is a share of the experts, above 0 and at most 1, got {band}")
+    if source.n_group > 1:
+        raise UnsupportedInputError(f"{source.path} has {source.n_group} routing groups, which --probe does not know")
+    reached = {"text"} | ({"vision"} if pictures else set())
+    width = max(1, math.ceil(band * source.n_expert))
+    now = list(rankings)
+    tries = [_band(r, width) if r.pool in reached else ((), ()) for r in now]
+    with Probe(
+        gguf_source(source.path), None, text, pictures=pictures, mmproj=mmproj, n_chunks=n_chunks, n_threads=n_threads
+    ) as probe:
+        masks = _Masks(source, probe)
+        for r in now:
+            masks.set(r, r.removed)
+        before = probe.kl()
+        n_runs = sum(len(weak) + len(strong) for weak, strong in tries)
+        with tqdm(total=n_runs, unit="run", disable=not progress, file=sys.stderr) as bar:
+            for i, (weak, strong) in enumerate(tries):
+                if not weak or not strong:
+                    continue
+                sure = [e for e in now[i].removed if e not in strong]
+                costs = {}
+                for e in (*weak, *strong):
+                    masks.set(now[i], [*sure, e])
+                    costs[e] = probe.kl()
+                    bar.update()
+                gone = {*sure, *sorted(costs, key=lambda e: (costs[e], e))[: len(strong)]}
+                kept = tuple(e for e in range(source.n_expert) if e not in gone)
+                mass = removed_mass(source, importance, now[i].pool, now[i].layer, kept)
+                now[i] = replace(now[i], kept=kept, removed_mass=mass)
+                masks.set(now[i], now[i].removed)
+        after = probe.kl()
+    return (now, before, after) if after < before else (list(rankings), before, before)
+
+
+def _band(r: Ranking, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The weakest kept and the strongest removed experts: those that may change places, as many of each at most."""
+    weak = sorted((e for e in r.kept if e not in r.supers), key=lambda e: (r.scores[e], -e))[:width]
+    strong = sorted((e for e in r.removed if r.counts[e] > 0), key=lambda e: (-r.scores[e], e))[:width]
+    return tuple(weak), tuple(strong)
+
+
+class _Masks:
+    """The correction biases of a loaded model."""
+
+    def __init__(self, source: Source, probe: Probe) -> None:
+        self.engine = probe.model.llm._engine
+        self.biases: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
+        for pool, layers in source.pools().items():
+            for il in layers:
+                stem = f"blk.{il}.exp_probs_b{'_vl' if pool == 'vision' else ''}"
+                tensor = source.tensor(f"{stem}.bias") or source.tensor(stem)
+                if tensor is None or tensor.type.name != "F32":
+                    raise UnsupportedInputError(f"{source.path} has no {stem}.bias in F32 to mask experts with")
+                self.biases[pool, il] = (tensor.name, tensor.data)
+
+    def set(self, ranking: Ranking, removed: Sequence[int]) -> None:
+        import numpy as np
+
+        from pyllamaernie import _core
+
+        name, bias = self.biases[ranking.pool, ranking.layer]
+        masked = np.array(bias, np.float32).reshape(-1)
+        masked[list(removed)] = MASK
+        _core.set_tensor_data(self.engine, name, masked.view(np.uint8))
