@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--presets", default=",".join(PRESETS), help="only these, such as IQ2_M,Q4_K_M")
     parser.add_argument("--chunks", type=int, default=96, help="of 512 tokens of the test text")
     parser.add_argument("--probe", default="groups", choices=("none", "groups", "each"))
-    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--stock-types", action="store_true", help="plan without the CCQ types, for any llama.cpp")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write all figures here")

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is probed together: a kind of tensor in a quarter of the layers (groups), every tensor alone "
         "(each), nothing (none); auto: groups where there is a text or a picture",
     )
-    work.add_argument("--trials", type=int, metavar="N", help="varied plans that are run too (default: 16)")
+    work.add_argument("--trials", type=int, metavar="N", help="varied plans that are run too (default: 8)")
     work.add_argument("--cache", metavar="FOLDER", help="keep the errors here: the next plan of the model starts there")
     work.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
     work.add_argument("--overwrite", action="store_true", help="replace existing outputs")

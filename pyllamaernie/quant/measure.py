@@ -28,7 +28,8 @@ from pyllamaernie.quant.source import ModelSource, Weights
 N_ROWS = 512  # sampled from a tensor at first
 N_ROWS_SLICE = 4  # at least, of each expert
 STANDARD_ERROR = 0.03  # sampling doubles until the error is known to this share of it
-FLOATS = ("F32", "F16", "BF16")
+SLOW_TYPES = frozenset({"CCQ2", "CCQ2_25", "CCQ2_5", "CCQ2_75"})  # microseconds a weight: so much fewer rows at first
+SLOW = 8
 
 # Not candidates unless asked for: on trained weights another type is smaller and better (bench/ccq_error.py, docs).
 DOMINATED = frozenset({"Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "CCQ2_B", "Q8_1", "Q8_K"})
@@ -85,12 +86,19 @@ def sample_tensor(
 ) -> dict[str, Sampled]:
     """Error of every type on the same rows of a tensor, twice as many until all are known well enough.
 
+    Types with a slow encoder start with fewer rows.
+
     Shapes: columns (n_matrices, n_cols), shares (n_matrices,), how much each matrix counts.
     """
     shares = np.ones(weights.n_matrices) if shares is None else np.asarray(shares, np.float64)
     if not shares.sum() > 0:
         shares = np.ones(weights.n_matrices)
     types = list(types)
+    if (slow := [t for t in types if t in SLOW_TYPES]) and len(slow) < len(types):
+        quick = [t for t in types if t not in SLOW_TYPES]
+        found = sample_tensor(weights, quick, columns, shares, seed=seed, n_rows=n_rows)
+        found |= sample_tensor(weights, slow, columns, shares, seed=seed, n_rows=max(n_rows // SLOW, 1))
+        return {name: found[name] for name in types}
     done: dict[str, Sampled] = {}
     while True:
         rows = _sample(weights, shares, n_rows, seed)

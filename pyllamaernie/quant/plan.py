@@ -125,12 +125,12 @@ class ModelPlan:
 # ---- making it
 
 
-N_OPERATING = 2  # rounds of correcting the curves at the plan itself
+N_OPERATING = 1  # rounds of correcting the curves at the plan itself
 OPERATING_BPW = 3.5  # below this many bits the losses of tensors do not add
-N_TRIALS = 16  # plans from varied curves that are run as well
+N_TRIALS = 8  # plans from varied curves that are run as well
 SPREAD = 0.25  # of the logarithm of a curve, when it is varied
-N_CHUNKS_PROBE = 8
-PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0")  # whose encoders are fast
+N_CHUNKS_PROBE = 4
+PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q6_K", "Q8_0")  # whose encoders are fast
 HIGHER = 1.5  # bits between the two probes of a group
 
 
@@ -223,6 +223,7 @@ class Planner:
                 mmproj=mmproj,
                 n_chunks=n_chunks or N_CHUNKS,
                 n_threads=n_threads,
+                errors=self.errors,
             )
 
     def close(self) -> None:

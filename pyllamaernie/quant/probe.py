@@ -3,10 +3,14 @@
 The model is loaded once in F32, F16 or BF16, without mapping. Tensors are overwritten with what is left of them after
 a type's encoder and decoder, the text and the pictures run again, and the mean KL to the exact model is what the type
 costs. Activations stay exact, so a file of the same types loses a little more (about what Q8_0 loses).
+
+Encoding a whole model takes hours in some types. For those the weights that a fast type of nearly the same error leaves
+are used, moved towards or away from the exact ones until the error is that of the type.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,19 +27,25 @@ from pyllamaernie.errors import InputError
 from pyllamaernie.model import find_projector, free_memory_bytes, read_header
 from pyllamaernie.quant import native
 from pyllamaernie.quant.importance import Importance
+from pyllamaernie.quant.measure import ErrorTable
 from pyllamaernie.quant.source import ModelSource, Weights
 from pyllamaernie.samples import read_text
 
 N_CTX = 512
 N_CHUNKS = 16
 N_LOGITS = 2**28  # of the reference are kept: 1 GiB; with more rows than that, evenly chosen ones
+# With fast encoders: below 0.6 us per weight (bench/quantize_throughput.py). The others are imitated by the nearest.
+FAST_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"}) | {
+    *("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")
+}
 CACHE_SHARE = 0.25  # of the free memory, for decoded weights that may be wanted again
 
 
 class Probe:
     """A model whose tensors can be given other types. Use it as a context manager, or call `close()`.
 
-    `text` is a UTF-8 file, `pictures` holds (picture, question) pairs; at least one of both.
+    `text` is a UTF-8 file, `pictures` holds (picture, question) pairs; at least one of both. `errors`: slow types are
+    imitated where it knows their error.
     Raises: InputError; the load errors of `Llama`.
     """
 
@@ -49,13 +59,14 @@ class Probe:
         mmproj: str | os.PathLike[str] | None = "auto",
         n_chunks: int = N_CHUNKS,
         n_threads: int | None = None,
+        errors: ErrorTable | None = None,
     ) -> None:
         from pyllamaernie.options import n_cpu
 
         if text is None and not pictures:
             raise InputError("nothing to probe with: give a text, pictures, or both")
         self.weights: dict[str, Weights] = {w.name: w for w in source.weights}
-        self.importance = importance
+        self.importance, self.errors = importance, errors
         self.types: dict[str, str] = {}  # what differs from the exact model
         self.n_runs = 0
         self.n_threads = n_threads or n_cpu()
@@ -160,12 +171,17 @@ class Probe:
         columns = None if self.importance is None else self.importance.columns.get(name)
         if columns is not None:
             columns = columns.reshape(weights.n_matrices, weights.n_cols)
+        encoder, share = self._imitation(name, type_name)
 
         def one(part: tuple[int, np.ndarray]) -> np.ndarray:
             first_row, rows = part
             column = None if columns is None else columns[first_row // weights.rows_per_matrix]
-            data = native.requantize(type_name, weights.type, rows, weights.n_cols, column, first_row)
-            return native.quantize(weights.type, native.dequantize(type_name, data, weights.n_cols)).ravel()
+            data = native.requantize(encoder, weights.type, rows, weights.n_cols, column, first_row)
+            values = native.dequantize(encoder, data, weights.n_cols)
+            if share != 1.0:
+                exact = native.dequantize(weights.type, rows, weights.n_cols)
+                values = exact + np.float32(share) * (values - exact)
+            return native.quantize(weights.type, values).ravel()
 
         parts = [(piece.first_row + i, rows) for piece in weights.pieces() for i, rows in _halves(piece.load())]
         with ThreadPoolExecutor(self.n_threads) as pool:
@@ -174,6 +190,16 @@ class Probe:
         while sum(x.nbytes for x in self._cache.values()) > self._cache_bytes and len(self._cache) > 1:
             self._cache.popitem(last=False)
         return data
+
+    def _imitation(self, name: str, type_name: str) -> tuple[str, float]:
+        """The type to encode with, and by how much its error is scaled."""
+        row = {} if self.errors is None else self.errors.errors.get(name, {})
+        wanted = row.get(type_name)
+        fast = {t: found.error for t, found in row.items() if t in FAST_TYPES and found.error > 0}
+        if type_name in FAST_TYPES or wanted is None or not wanted.error > 0 or not fast:
+            return type_name, 1.0
+        nearest = min(fast, key=lambda t: (abs(math.log(fast[t] / wanted.error)), t))
+        return nearest, math.sqrt(wanted.error / fast[nearest])
 
 
 def _halves(rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
