@@ -19,7 +19,7 @@ pytest.importorskip("pyllamaernie._core", reason="the native module is not built
 from pyllamaernie import Llama, programs
 from pyllamaernie.convert import convert
 from pyllamaernie.errors import InputError, MediaError, UnsupportedInputError
-from pyllamaernie.imatrix import compute_imatrix, report
+from pyllamaernie.imatrix import EXPERT_SUMS, compute_imatrix, report
 
 CHUNK = 128
 PICTURES = [(picture(84, 112, seed=seed), "What is in the picture?") for seed in range(3)]
@@ -120,6 +120,90 @@ def test_unused_experts_are_named(tmp_path: Path) -> None:
         if unused:
             assert f"nothing reached {len(unused)} of 8 experts ({', '.join(map(str, unused))})" in line
     assert any(entry.unused for entry in result.entries), "the test needs an expert that nothing reached"
+
+
+# ---- what experts add
+
+
+def test_weights_of_a_token_add_up_to_one_in_each_pool(text: Path, tmp_path: Path) -> None:
+    """ERNIE divides by their sum; and the probabilities of all experts add up to one for each token of the pool."""
+    result = compute_imatrix(gguf("vl"), text, tmp_path / "i.gguf", pictures=PICTURES, chunk=CHUNK, n_threads=1)
+    stored, _ = read(tmp_path / "i.gguf")
+    n_used = checkpoints.SHAPES["vl"].n_expert_used
+    seen = 0
+    for entry in result.entries:
+        if "ffn_down_exps" not in entry.name:
+            assert not entry.experts
+            continue
+        seen += 1
+        n_tokens = entry.counts.sum() / n_used
+        assert entry.experts.keys() == EXPERT_SUMS.keys()
+        assert entry.experts["gate"].sum() == pytest.approx(n_tokens, rel=1e-5)
+        assert entry.experts["prob"].sum() == pytest.approx(n_tokens, rel=1e-5)
+        unused = entry.counts == 0
+        for key, values in entry.experts.items():
+            np.testing.assert_allclose(stored[f"{entry.name}.experts.{key}"], values, rtol=1e-6)
+            assert key == "prob" or np.array_equal(values == 0, unused), (entry.name, key)
+        used = ~unused  # for each expert: mean <= root mean square <= largest
+        mean = entry.experts["gate_out"][used] / entry.experts["gate"][used]
+        square = np.sqrt(entry.experts["gate2_out2"][used] / entry.experts["gate2"][used])
+        assert (mean <= 1.0001 * entry.experts["out_max"][used]).all()
+        assert (square <= 1.0001 * entry.experts["out_max"][used]).all()
+    assert seen == 6
+
+
+@pytest.mark.reference
+def test_sums_of_experts_are_those_of_an_independent_forward(text: Path, tmp_path: Path) -> None:
+    """Inputs of the sparse layers from transformers; routing and experts in numpy, in double precision."""
+    torch, reference = pytest.importorskip("torch"), pytest.importorskip("reference")
+    result = compute_imatrix(gguf("moe"), text, tmp_path / "i.gguf", chunk=CHUNK, n_chunks=4, n_threads=1)
+    found = {entry.name: entry for entry in result.entries}
+    with Llama(gguf("moe"), n_ctx=512, n_threads=1) as llm:
+        ids = llm.tokenize(text.read_text().removesuffix("\n"), add_bos=True)
+    model, inputs = reference.load(gguf("moe").parent / "hf"), {il: [] for il in (1, 2, 3)}
+    hooks = [
+        model.model.layers[il].mlp.register_forward_hook(lambda _, args, __, il=il: inputs[il].append(args[0][0]))
+        for il in inputs
+    ]
+    try:
+        with torch.no_grad():
+            for i in range(4):
+                chunk = ids[i * CHUNK : (i + 1) * CHUNK]
+                model(torch.tensor([chunk]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    weights = checkpoints.weights_of("moe", tied=False)
+    for il, rows in inputs.items():
+        x = torch.cat(rows).double().numpy()
+        stem = f"model.layers.{il}.mlp"
+        raw = x @ weights[f"{stem}.gate.weight"].T.astype(float)
+        prob = np.exp(raw - raw.max(1, keepdims=True))
+        prob /= prob.sum(1, keepdims=True)
+        biased = prob + weights[f"{stem}.moe_statics.e_score_correction_bias"]
+        chosen = np.argsort(-biased, axis=1)[:, :3]
+        gate = np.take_along_axis(prob, chosen, 1)
+        gate /= gate.sum(1, keepdims=True)
+        entry = found[f"blk.{il}.ffn_down_exps.weight"]
+        close = {"rtol": 2e-3, "atol": 0}  # a token near a tie may go elsewhere in single precision
+        np.testing.assert_allclose(entry.experts["prob"], prob.sum(0), **close)
+        for e in range(8):
+            up, gated, down = (
+                weights[f"{stem}.experts.{e}.{w}_proj.weight"].astype(float) for w in ("up", "gate", "down")
+            )
+            row, column = np.nonzero(chosen == e)
+            g, hidden = gate[row, column], x[row] @ gated.T
+            out = np.linalg.norm((hidden / (1 + np.exp(-hidden)) * (x[row] @ up.T)) @ down.T, axis=1)
+            assert entry.counts[e] == len(row)
+            expected = {
+                "gate": g.sum(),
+                "gate2": (g**2).sum(),
+                "gate_out": (g * out).sum(),
+                "gate2_out2": (g**2 * out**2).sum(),
+                "out_max": out.max(),
+            }
+            for key, value in expected.items():
+                np.testing.assert_allclose(entry.experts[key][e], value, err_msg=f"{il} {e} {key}", **close)
 
 
 # ---- what it is for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -16,10 +17,11 @@ from gguf_models import gguf
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
 from pyllamaernie import Llama, _upstream, programs
 from pyllamaernie.divergence import kl_rows
-from pyllamaernie.errors import InputError, PyllamaernieError
-from pyllamaernie.expert_scores import SCORES
+from pyllamaernie.errors import InputError, PyllamaernieError, UnsupportedInputError
+from pyllamaernie.expert_scores import SCORES, Ranking, read_importance
 from pyllamaernie.imatrix import compute_imatrix
-from pyllamaernie.prune import prune, rank_experts, report
+from pyllamaernie.prune import prune, rank_experts, report, write_pruned
+from pyllamaernie.prune_probe import refine
 from pyllamaernie.slice_model import read_plan, slice_model
 from pyllamaernie.slice_source import open_source
 
@@ -253,6 +255,47 @@ def test_energy_is_the_output_norm_for_uncorrelated_inputs(imatrices: dict[str, 
         outputs = sum(w * w for w in only[e, :, 7].astype(float)) * sums[f"{name}.in_sum2"][e, 7]
         assert energy.scores[e] == pytest.approx(outputs, rel=1e-5)
         assert norm.scores[e] == pytest.approx((outputs / count.scores[e]) ** 0.5, rel=1e-5)
+
+
+# ---- probing
+
+
+def test_probing_masks_as_the_written_file_does_and_chooses_what_costs_less(
+    imatrices: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    source, importance = open_source(gguf("moe")), read_importance(imatrices["moe"])
+    words = tmp_path / "selection.txt"
+    words.write_text(" ".join(np.random.default_rng(11).choice(text.read_text().split(), 1500)))
+    worst = [flipped(r) for r in rank_experts(source, imatrices["moe"], keep=6, score="output")]
+    options = {"band": 0.5, "n_chunks": 1, "n_threads": 1}
+    refined, before, after = refine(source, worst, importance, words, **options)
+    assert all(len(r.kept) == 6 and r.kept == tuple(sorted(r.kept)) for r in refined)
+    assert after < 0.9 * before, "the strongest experts were removed, so nearly any change is better"
+    with Llama(gguf("moe"), n_ctx=512, n_threads=1) as llm:
+        ids = llm.tokenize(words.read_text(), add_bos=True)[:512]
+        reference = llm.logits(ids)[:-1]
+    for rankings, kl in ((worst, before), (refined, after)):
+        write_pruned(source, tmp_path / "out.gguf", rankings, "x", exact=True, overwrite=True)
+        with Llama(tmp_path / "out.gguf", n_ctx=512, n_threads=1) as llm:
+            found = kl_rows(reference, llm.logits(ids)[:-1])[0].mean()
+        assert found == pytest.approx(kl, rel=0.02), "the model in memory is that of the file"
+    assert refine(source, refined, importance, words, **options)[2] <= after
+
+
+def flipped(r: Ranking) -> Ranking:
+    """The strongest experts go instead of the weakest."""
+    gone = set(np.argsort(-r.scores)[:2].tolist())
+    return replace(r, kept=tuple(e for e in range(N_EXPERT) if e not in gone))
+
+
+def test_probing_needs_a_bias_to_mask_with(imatrices: dict[str, Path], text: Path, tmp_path: Path) -> None:
+    source = open_source(gguf("moe"))
+    without = replace(source, tensors=[t for t in source.tensors if "exp_probs_b" not in t.name])
+    rankings = rank_experts(source, imatrices["moe"], keep=6)
+    with pytest.raises(UnsupportedInputError, match=r"has no blk.1.exp_probs_b.bias in F32"):
+        refine(without, rankings, read_importance(imatrices["moe"]), text, n_chunks=1, n_threads=1)
+    with pytest.raises(InputError, match="above 0 and at most 1, got 2"):
+        refine(source, rankings, read_importance(imatrices["moe"]), text, band=2)
 
 
 # ---- what is asked for, what is refused
