@@ -43,7 +43,7 @@ int emulated_get_rows(int kind, const void * x, const int32_t * rows, float * y,
 int emulated_mul_mat_vec(
         int kind, const void * x, const void * y, const int32_t * ids, float * dst, const ccq_mul_mat_args * args, int n_channels, int n_samples, int order) {
     const ccq_mul_mat_args a = *args;
-    const dim3 grid(ceil_div(a.n_rows, CCQ_VEC_WARPS*CCQ_VEC_ROWS), n_channels, n_samples);
+    const dim3 grid(ceil_div(a.n_rows, CCQ_VEC_ROWS), n_channels, n_samples);
     const dim3 block(32, CCQ_VEC_WARPS);
     const uint8_t    * xb = (const uint8_t *) x;
     const block_q8_1 * yb = (const block_q8_1 *) y;

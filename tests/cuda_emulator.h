@@ -153,15 +153,13 @@ static void __syncwarp() { emulator::wait(emulator::AT_WARP); }
 
 // ---------------------------------------------------------------- instructions
 
-static uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
+// prmt.b32
+static uint32_t emulated_prmt(uint32_t a, uint32_t b, uint32_t s) {
     const uint64_t bytes = (uint64_t) b << 32 | a;
     uint32_t d = 0;
     for (int i = 0; i < 4; i++) {
-        if (s >> 4*i & 8) { // the instruction would repeat the sign of the byte
-            fprintf(stderr, "selector %x of a permutation has its fourth bit set\n", s & 0xFFFF);
-            abort();
-        }
-        d |= (uint32_t) (bytes >> 8*(s >> 4*i & 7) & 255) << 8*i;
+        const uint32_t byte = bytes >> 8*(s >> 4*i & 7) & 255;
+        d |= (s >> 4*i & 8 ? (byte & 128 ? 255 : 0) : byte) << 8*i;
     }
     return d;
 }

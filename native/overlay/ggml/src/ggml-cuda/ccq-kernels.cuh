@@ -9,18 +9,18 @@
 
 #define CCQ_DEQUANTIZE_THREADS 256
 
-// One thread decodes 16 weights of a row of n_units units.
+// One thread decodes 32 weights of a row.
 template <ccq_kind kind, typename dst_t>
-static __device__ __forceinline__ void ccq_dequantize_16(const uint8_t * row, int unit, int t, dst_t * dst) {
-    uint32_t level[4];
-    const uint8_t * block = ccq_decode<kind>(row, unit, t, level);
+static __device__ __forceinline__ void ccq_dequantize_32(const uint8_t * row, int unit, int t, dst_t * dst) {
+    ccq_thread_weights x;
+    ccq_decode<kind>(row, unit, t, x);
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
+    for (int w = 0; w < CCQ_THREAD_WORDS; w++) {
         const int   word  = ccq_word<kind>(t, w);
-        const float scale = ccq_scale<kind>(block, unit & 1, word/16);
+        const float scale = (float) ccq_byte(x.scale_levels, word/16)*x.scale;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            dst[4*word + i] = ggml_cuda_cast<dst_t>((float) (int8_t) (level[w] >> 8*i)*scale);
+            dst[4*word + i] = ggml_cuda_cast<dst_t>((float) (int8_t) (x.level[w] >> 8*i)*scale);
         }
     }
 }
@@ -35,7 +35,7 @@ static __global__ void ccq_dequantize(const uint8_t * x, dst_t * y, const int64_
     // blocks from the first one on, so that the unit's number fits an int
     const int64_t first = unit & ~(int64_t) 1;
     const uint8_t * row = x + (kind == CCQ_KIND_2_B ? first/2 : first)*ccq_block_bytes<kind>();
-    ccq_dequantize_16<kind>(row, (int) (unit & 1), (int) (i % CCQ_UNIT_THREADS), y + unit*CCQ_UNIT);
+    ccq_dequantize_32<kind>(row, (int) (unit & 1), (int) (i % CCQ_UNIT_THREADS), y + unit*CCQ_UNIT);
 }
 
 struct ccq_get_rows_args {
@@ -59,14 +59,14 @@ static __global__ void ccq_get_rows(const uint8_t * x, const int32_t * rows, dst
         const int64_t i12 = z % args.ne12;
         const int64_t i01 = rows[i10*args.s10 + i11*args.s11 + i12*args.s12];
         const uint8_t * row = x + i01*args.nb01 + i11*args.nb02 + i12*args.nb03;
-        ccq_dequantize_16<kind>(row, unit, i % CCQ_UNIT_THREADS, dst + i10*args.s1 + i11*args.s2 + i12*args.s3 + unit*CCQ_UNIT);
+        ccq_dequantize_32<kind>(row, unit, i % CCQ_UNIT_THREADS, dst + i10*args.s1 + i11*args.s2 + i12*args.s3 + unit*CCQ_UNIT);
     }
 }
 
 // ---------------------------------------------------------------- matrix times up to eight vectors
 
-#define CCQ_VEC_WARPS     4 // of a thread block; each has rows of its own
-#define CCQ_VEC_ROWS      2 // of a warp
+#define CCQ_VEC_WARPS     4 // of a thread block
+#define CCQ_VEC_ROWS      8 // of a thread block: half a warp has a row, and two units of it at a time
 #define CCQ_VEC_COLS_MAX  8
 
 // Rows of x are numbered within a channel, columns of y and dst as well; a channel is a matrix. Strides of x count bytes,
@@ -84,89 +84,70 @@ struct ccq_mul_mat_args {
     int64_t stride_ids;      // from one token to the next
 };
 
-// Products of the 16 weights of a thread with those of a column: y + 8*unit are the column's blocks that belong to the unit.
-template <ccq_kind kind>
-static __device__ __forceinline__ float ccq_dot_16(
-        const uint8_t * block, int half, int t, const uint32_t (&t1)[4], const uint32_t (&t2)[4], const int (&q)[4], const float (&d)[4]) {
-    if constexpr (kind == CCQ_KIND_2_B) {
-        int sum = 0;
-#pragma unroll
-        for (int w = 0; w < 4; w++) {
-            sum = ggml_cuda_dp4a((int) t1[w], q[w], sum);
-        }
-        return ccq_scale<kind>(block, half, t/4)*(d[0]*(float) sum);
-    } else {
-        float total = 0.0f;
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            const int sum = ggml_cuda_dp4a((int) t2[p], q[p], ggml_cuda_dp4a((int) t1[p], q[p], 0));
-            total += ccq_scale<kind>(block, half, p)*(d[p]*(float) sum);
-        }
-        return total;
-    }
-}
-
 template <ccq_kind kind, int n_cols>
 __launch_bounds__(CCQ_VEC_WARPS*32, 1)
 static __global__ void ccq_mul_mat_vec(
         const uint8_t * x, const block_q8_1 * y, const int32_t * ids, float * dst, const ccq_mul_mat_args args) {
-    const int row0 = (blockIdx.x*CCQ_VEC_WARPS + threadIdx.y)*CCQ_VEC_ROWS;
-    if (row0 >= args.n_rows) {
-        return; // the whole warp
-    }
+    const int row     = blockIdx.x*CCQ_VEC_ROWS + threadIdx.y*2 + threadIdx.x/16;
     const int channel = blockIdx.y;
     const int sample  = blockIdx.z;
     const int64_t channel_x = ids ? ids[sample*args.stride_ids + channel] : channel/args.channel_ratio;
     const int64_t sample_x  = ids ? 0 : sample/args.sample_ratio;
     const int64_t channel_y = ids ? channel % args.n_channels_y : channel;
 
-    x   += channel_x*args.channel_x + sample_x*args.sample_x;
-    y   += channel_y*args.channel_y + sample*args.sample_y;
-    dst += channel*args.channel_dst + sample*args.sample_dst + row0;
-
     const int t = threadIdx.x % CCQ_UNIT_THREADS;
-    float sums[n_cols][CCQ_VEC_ROWS] = {{ 0.0f }};
+    const int word0 = ccq_word<kind>(t, 0);
+    x   += channel_x*args.channel_x + sample_x*args.sample_x + (row < args.n_rows ? row : 0)*args.row_x;
+    y   += channel_y*args.channel_y + sample*args.sample_y + word0/8;
+    dst += channel*args.channel_dst + sample*args.sample_dst + row;
 
-    for (int unit = threadIdx.x/CCQ_UNIT_THREADS; unit < args.n_units; unit += 32/CCQ_UNIT_THREADS) {
-        const uint8_t * block[CCQ_VEC_ROWS];
-        uint32_t t1[CCQ_VEC_ROWS][4];
-        uint32_t t2[CCQ_VEC_ROWS][4];
-#pragma unroll
-        for (int r = 0; r < CCQ_VEC_ROWS; r++) {
-            const int row = row0 + r < args.n_rows ? row0 + r : row0; // the last row twice, rather than a branch
-            block[r] = x + row*args.row_x + (int64_t) ccq_block_of(kind, unit)*ccq_block_bytes<kind>();
-            if constexpr (kind == CCQ_KIND_2_B) {
-                ccq_decode_b(block[r], unit & 1, t, t1[r]);
-            } else {
-                ccq_decode_native<kind>(block[r], t, t1[r], t2[r]);
-            }
+    float sums[n_cols] = { 0.0f };
+    for (int unit = threadIdx.x/CCQ_UNIT_THREADS % 2; unit < args.n_units; unit += 2) {
+        const uint8_t * block = ccq_block<kind>(x, unit);
+        const uint32_t  head  = ccq_load_u16(block);
+        uint32_t t1[CCQ_THREAD_WORDS];
+        [[maybe_unused]] uint32_t t2[CCQ_THREAD_WORDS];
+        if constexpr (kind == CCQ_KIND_2_B) {
+            ccq_decode_b(block, unit & 1, t, t1);
+        } else {
+            ccq_decode_native<kind>(block, head, t, t1, t2);
         }
+        const uint32_t levels = ccq_scale_levels<kind>(block, head, unit & 1);
+        const float    scale  = ccq_scale<kind>(block, head);
 #pragma unroll
         for (int c = 0; c < n_cols; c++) {
             const block_q8_1 * yc = y + c*args.col_y + 8*unit;
-            int   q[4];
-            float d[4];
+            float total = 0.0f;
+            if constexpr (kind == CCQ_KIND_2_B) { // the thread's weights are those of one block of y
+                const int * q = (const int *) yc->qs;
+                int sum = 0;
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
-                const int word = ccq_word<kind>(t, w);
-                q[w] = ((const int *) yc[word/8].qs)[word % 8];
-                d[w] = __low2float(yc[word/8].ds);
-            }
+                for (int w = 0; w < CCQ_THREAD_WORDS; w++) {
+                    sum = ggml_cuda_dp4a((int) t1[w], q[w], sum);
+                }
+                total = __low2float(yc->ds)*(float) (sum*ccq_byte(levels, t/2));
+            } else {
 #pragma unroll
-            for (int r = 0; r < CCQ_VEC_ROWS; r++) {
-                sums[c][r] += ccq_dot_16<kind>(block[r], unit & 1, t, t1[r], t2[r], q, d);
+                for (int p = 0; p < 4; p++) {
+                    const int * q = (const int *) yc[2*p].qs + word0 % 8;
+                    int sum = 0;
+#pragma unroll
+                    for (int w = 0; w < 2; w++) {
+                        sum = ggml_cuda_dp4a((int) t1[2*p + w], q[w], sum);
+                        sum = ggml_cuda_dp4a((int) t2[2*p + w], q[w], sum);
+                    }
+                    total += __low2float(yc[2*p].ds)*(float) (sum*ccq_byte(levels, p));
+                }
             }
+            sums[c] += scale*total;
         }
     }
 
 #pragma unroll
     for (int c = 0; c < n_cols; c++) {
-#pragma unroll
-        for (int r = 0; r < CCQ_VEC_ROWS; r++) {
-            const float sum = warp_reduce_sum<32>(sums[c][r]);
-            if (threadIdx.x == 0 && row0 + r < args.n_rows) {
-                dst[c*args.col_dst + r] = sum;
-            }
+        const float sum = warp_reduce_sum<16>(sums[c]);
+        if (threadIdx.x % 16 == 0 && row < args.n_rows) {
+            dst[c*args.col_dst] = sum;
         }
     }
 }
@@ -227,15 +208,14 @@ static __global__ void ccq_mul_mat_tiles(
         for (int i = thread; i < CCQ_TILE_ROWS*CCQ_UNIT_THREADS; i += CCQ_TILE_THREADS) {
             const int row = i/CCQ_UNIT_THREADS;
             const int t   = i % CCQ_UNIT_THREADS;
-            uint32_t level[4];
-            const uint8_t * row_x = x + (row0 + row < args.n_rows ? row0 + row : row0)*args.row_x;
-            const uint8_t * block = ccq_decode<kind>(row_x, unit, t, level);
+            ccq_thread_weights weights;
+            ccq_decode<kind>(x + (row0 + row < args.n_rows ? row0 + row : row0)*args.row_x, unit, t, weights);
 #pragma unroll
-            for (int w = 0; w < 4; w++) {
-                x_words[row*CCQ_TILE_STRIDE + ccq_word<kind>(t, w)] = (int) level[w];
+            for (int w = 0; w < CCQ_THREAD_WORDS; w++) {
+                x_words[row*CCQ_TILE_STRIDE + ccq_word<kind>(t, w)] = (int) weights.level[w];
             }
             if (t < 4) {
-                x_scales[4*row + t] = ccq_scale<kind>(block, unit & 1, t);
+                x_scales[4*row + t] = (float) ccq_byte(weights.scale_levels, t)*weights.scale;
             }
         }
         for (int i = thread; i < CCQ_TILE_COLS*CCQ_UNIT_WORDS; i += CCQ_TILE_THREADS) {

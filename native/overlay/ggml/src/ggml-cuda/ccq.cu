@@ -103,9 +103,8 @@ static void ccq_mul_mat_vec_cuda(
 static void ccq_mul_mat_vec_launch(
         ggml_type type, const void * x, const block_q8_1 * y, const int32_t * ids, float * dst, const ccq_mul_mat_args & args,
         int64_t n_channels, int64_t n_samples, cudaStream_t stream) {
-    const int rows = CCQ_VEC_WARPS*CCQ_VEC_ROWS;
     GGML_ASSERT(n_channels <= UINT16_MAX && n_samples <= UINT16_MAX);
-    const dim3 n_blocks((args.n_rows + rows - 1)/rows, n_channels, n_samples);
+    const dim3 n_blocks((args.n_rows + CCQ_VEC_ROWS - 1)/CCQ_VEC_ROWS, n_channels, n_samples);
     ccq_switch(type, [&](auto kind) { ccq_mul_mat_vec_cuda<kind.value>((const uint8_t *) x, y, ids, dst, args, n_blocks, stream); });
 }
 
