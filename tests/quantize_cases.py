@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,13 @@ CASES |= {name: Case(plain_rows, _imatrix(change)) for name, change in IMATRICES
 CASES |= {
     f"{rows}, {imatrix}": Case(_rows(ROWS[rows]), _imatrix(IMATRICES[imatrix]))
     for rows in ("one 1e6", "one 1e25", "all 1e12", "all 1e37", "all 1e-18", "zeros")
-    for imatrix in ("importance zero", "importance half zero", "importance 1e30", "one importance 1e30", "importance 5e-22")
+    for imatrix in (
+        "importance zero",
+        "importance half zero",
+        "importance 1e30",
+        "one importance 1e30",
+        "importance 5e-22",
+    )
 }
 CASES |= {
     f"{name}{suffix}": Case(_rows(_set(300, value)), imatrix, ("weight", 1, 300))
@@ -221,13 +228,10 @@ class Library:
         self.lib.ggml_quantize_init(type_id)  # the tables of the grids, once
         n_bytes = len(rows) * self.lib.ggml_row_size(type_id, rows.shape[1])
         read, write = os.pipe()
-        child = os.fork()
+        child = fork()
         if child == 0:
             try:
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1), os.dup2(null, 2)
-                os.environ["GGML_NO_BACKTRACE"] = "1"
-                signal.alarm(SECONDS)
+                begin_child(os.devnull, SECONDS)
                 data = self.quantize(type_id, rows, imatrix)
                 answer = b"E" + self.check(type_id, rows, imatrix).encode() if data is None else b"D" + data.tobytes()
                 with os.fdopen(write, "wb") as pipe:
@@ -248,6 +252,22 @@ class Library:
             return Outcome("abort", text="no answer")
         data = data.reshape(len(rows), -1)
         return Outcome("ok", data, self.dequantize(type_id, data, rows.shape[1]))
+
+
+def fork() -> int:
+    """os.fork() without Python's warning that other threads are lost in the child, which only calls ggml."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def begin_child(log: str | Path, seconds: int) -> None:
+    """Output goes to a file, an abort prints no backtrace, and there is an end."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    signal.alarm(seconds)
 
 
 def verdict(outcome: Outcome, rows: np.ndarray) -> str:
