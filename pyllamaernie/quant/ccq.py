@@ -21,7 +21,7 @@ LEVELS = np.array([13, 15, 17, 21], np.float32) / 16  # scales of a plane, besid
 # the search for a path: see encode()
 N_SEAM = 24
 ROW_BITS, COST_UNIT, COST_MAX, BASE_MAX = 11, 1024, (1 << 13) - 1, (1 << 15) - 1
-BEAMS = {"CCQ2": 128, "CCQ2_25": 64, "CCQ2_5": 64, "CCQ2_75": 64}
+BEAMS = {"CCQ2": 128, "CCQ2_25": 96, "CCQ2_5": 96, "CCQ2_75": 96}
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 def encode(name: str, x: np.ndarray, weights: np.ndarray | None = None, beam: int | None = None) -> np.ndarray:
     """Blocks of a native type with a small (weighted) squared error: the bytes that the C encoder makes.
 
-    For both tables, searches that keep few states (an eighth of `beam`) climb from the scale that gives the block its
+    For both tables, searches that keep few states (a sixth of `beam`) climb from the scale that gives the block its
     energy to a better one; searches that keep `beam` climb on from the best path; the last ones, from the scales fitted
     to it, keep every state (half of them in CCQ2_75). Every search is the Viterbi algorithm on integers, so every
     machine finds the same path.
@@ -346,7 +346,7 @@ def _encode_block(trellis: _Trellis, x: np.ndarray, w: np.ndarray, beam: int):
                 break
         return top
 
-    few, moved = max(4, beam // 8), 0
+    few, moved = max(4, beam // 6), 0
     for table in range(2):
         first, level = _first_scale(trellis, table, x, w)
         d = 2 * min(127, max(1, (first >> 1) + moved)) + table

@@ -315,12 +315,19 @@ static uint16_t ccq_nth(const uint16_t * values, int n) {
 CCQ_CLONES
 static void ccq_costs(const float * v, float x, float w, float unit, uint16_t * cost) {
     float c[N_STATES];
-    float low = FLT_MAX;
+    float lows[16]; // one of each lane: compilers do not reorder the minimum of floats
     for (int s = 0; s < N_STATES; s++) {
         c[s] = w*(v[s]*(v[s] - 2.0f*x));
     }
-    for (int s = 0; s < N_STATES; s++) {
-        low = c[s] < low ? c[s] : low;
+    memcpy(lows, c, sizeof(lows));
+    for (int s = 16; s < N_STATES; s += 16) {
+        for (int i = 0; i < 16; i++) {
+            lows[i] = c[s + i] < lows[i] ? c[s + i] : lows[i];
+        }
+    }
+    float low = lows[0];
+    for (int i = 1; i < 16; i++) {
+        low = lows[i] < low ? lows[i] : low;
     }
     for (int s = 0; s < N_STATES; s++) {
         const float over = (c[s] - low)*unit;
@@ -348,9 +355,9 @@ static void ccq_viterbi(const ccq_trellis * t, const uint16_t (*costs)[4][N_STAT
                         uint8_t * qs, uint8_t * e) {
     uint16_t base[N_STEPS + 1][N_STATES]; // of a state before the step
     uint16_t low[N_STEPS];
-    uint16_t limit[N_STEPS];
     uint16_t cost[4][2*N_STATES];
-    uint8_t  old[N_STATES];
+    uint8_t  old[N_STEPS][N_STATES];      // the states that the beam keeps
+    int      n_old[N_STEPS];
 
     memset(base[0], 0, sizeof(base[0]));
     for (int i = 0; i < n; i++) {
@@ -359,9 +366,9 @@ static void ccq_viterbi(const ccq_trellis * t, const uint16_t (*costs)[4][N_STAT
             memcpy(cost[p],            c[p], sizeof(c[p]));
             memcpy(cost[p] + N_STATES, c[p], sizeof(c[p]));
         }
-        limit[i] = i > 0 && beam < N_STATES ? ccq_nth(base[i], beam) : BASE_MAX;
-        const int n_old = ccq_old_states(base[i], limit[i], i == 0 ? fix : -1, old);
-        low[i] = ccq_step(t, old, n_old, base[i], (const uint16_t (*)[2*N_STATES]) cost, base[i + 1]);
+        const uint16_t limit = i > 0 && beam < N_STATES ? ccq_nth(base[i], beam) : BASE_MAX;
+        n_old[i] = ccq_old_states(base[i], limit, i == 0 ? fix : -1, old[i]);
+        low[i]   = ccq_step(t, old[i], n_old[i], base[i], (const uint16_t (*)[2*N_STATES]) cost, base[i + 1]);
     }
     int s = fix;
     if (s < 0) {
@@ -373,17 +380,20 @@ static void ccq_viterbi(const ccq_trellis * t, const uint16_t (*costs)[4][N_STAT
     for (int i = n - 1; i >= 0; i--) {
         const uint16_t (*c)[N_STATES] = costs[(first + i) % N_STEPS];
         const int target = base[i + 1][s] < BASE_MAX ? base[i + 1][s] + low[i] : UINT16_MAX; // what the best row costs
-        const int n_old  = ccq_old_states(base[i], target < limit[i] ? target : limit[i], i == 0 ? fix : -1, old);
         int least = UINT16_MAX + 1;
         int best  = 0;
         for (int row = 0; row < t->n_rows && least > target; row += N_STATES) {
-            for (int j = 0; j < n_old; j++) {
-                const uint8_t * start = t->start[row + old[j]];
-                const int total = base[i][old[j]] + c[0][(start[0] + s) & 255] + c[1][(start[1] + s) & 255]
-                                                  + c[2][(start[2] + s) & 255] + c[3][(start[3] + s) & 255];
+            for (int j = 0; j < n_old[i]; j++) {
+                const int above = base[i][old[i][j]];
+                if (above > target) {
+                    continue;
+                }
+                const uint8_t * start = t->start[row + old[i][j]];
+                const int total = above + c[0][(start[0] + s) & 255] + c[1][(start[1] + s) & 255]
+                                        + c[2][(start[2] + s) & 255] + c[3][(start[3] + s) & 255];
                 if (total < least) {
                     least = total;
-                    best  = row + old[j];
+                    best  = row + old[i][j];
                 }
             }
         }
@@ -539,7 +549,7 @@ static int ccq_climb(const ccq_trellis * t, const float * x, const float * w, in
 // Few states tell which table and about which scale; more of them the scale; all of them (half where a step has eight
 // refinements) the path.
 static void ccq_encode_block(const ccq_trellis * t, const float * x, const float * w, int beam, ccq_path * best) {
-    const int few  = BEAM(beam > 32 ? beam/8 : 4);
+    const int few  = BEAM(beam > 24 ? beam/6 : 4);
     const int last = BEAM(t->code->e_bits < 3 ? N_STATES : N_STATES/2);
     double best_error = 0; // less that of a block of zeros, here and below
     double energy     = 0;
@@ -638,7 +648,7 @@ double ggml_ccq_code_error(const ggml_ccq_code * code, const float * x, int64_t 
 // ---------------------------------------------------------------- rows
 
 static size_t ccq_quantize(int type, const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    static const int beams[4] = { 128, 64, 64, 64 };
+    static const int beams[4] = { 128, 96, 96, 96 };
     const ggml_ccq_code * code     = &ggml_ccq_codes[type];
     const int64_t         n_blocks = n_per_row/QK_CCQ;
     uint8_t             * out      = dst;

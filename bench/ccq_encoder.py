@@ -1,0 +1,148 @@
+"""The CCQ encoder's bars: `python bench/ccq_encoder.py [--rows 24] [--rounds 5]`.
+
+Three things, each printed with its bar as met or missed: CPU time per weight beside IQ2_XXS's, in the installed
+package's ggml_quantize_chunk, the types taking turns, median of the rounds; error beside that of the same encoder with
+every search keeping every state (compiled with -DCCQ_EXACT; needs gcc); wall time of one thread over that of two that
+share the rows, as llama-quantize does it. The last one needs two free cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from ccq_library import NAMES, Library  # noqa: E402
+
+import pyllamaernie  # noqa: E402
+
+TYPES = {"CCQ2": (112, 66), "CCQ2_25": (113, 74), "CCQ2_5": (114, 82), "CCQ2_75": (115, 90), "IQ2_XXS": (16, 66)}
+N_PER_ROW = 2560
+LOSS_MOST, SPEEDUP_LEAST = 0.01, 1.8
+
+
+def load_ggml(path: Path | None) -> ctypes.CDLL:
+    found = sorted((Path(pyllamaernie.__file__).parent / "lib").glob("*ggml-base*"))
+    if path is None and not found:
+        raise SystemExit("the package has no ggml-base library; name one with --ggml")
+    lib = ctypes.CDLL(str(path or found[0]))
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_init.argtypes = [ctypes.c_int]
+    for number, _ in TYPES.values():
+        lib.ggml_quantize_init(number)  # IQ2_XXS makes its tables at first use
+    return lib
+
+
+class Rows:
+    """Gaussian rows, equal importances, and room for their blocks."""
+
+    def __init__(self, ggml: ctypes.CDLL, n_rows: int):
+        self.ggml = ggml
+        self.x = (np.random.default_rng(1).standard_normal((n_rows, N_PER_ROW)) * 0.02).astype(np.float32)
+        self.importance = np.ones(N_PER_ROW, np.float32)
+
+    def quantize(self, name: str, first: int = 0, n_rows: int | None = None) -> None:
+        number, size = TYPES[name]
+        out = np.zeros((len(self.x), N_PER_ROW // 256 * size), np.uint8)
+        self.ggml.ggml_quantize_chunk(
+            number, self.x.ctypes.data, out.ctypes.data, first * N_PER_ROW, n_rows or len(self.x), N_PER_ROW,
+            self.importance.ctypes.data,
+        )  # fmt: skip
+
+    def cpu_us(self, name: str) -> float:
+        start = time.thread_time()
+        self.quantize(name)
+        return (time.thread_time() - start) / self.x.size * 1e6
+
+    def speedup(self, name: str) -> float:
+        start = time.perf_counter()
+        self.quantize(name)
+        one, half = time.perf_counter() - start, len(self.x) // 2
+        threads = [threading.Thread(target=self.quantize, args=(name, first, half)) for first in (0, half)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return one / (time.perf_counter() - start)
+
+
+def losses(n_blocks: int) -> dict[str, dict[str, float]]:
+    """Error over that of the exact encoder, less one: by type and source."""
+    rng = np.random.default_rng(2)
+    sources = {
+        "Gaussian": (rng.standard_normal((n_blocks, 256)), None),
+        "Student-t 5": (rng.standard_t(5, (n_blocks, 256)), None),
+        "weighted": (rng.standard_normal((n_blocks, 256)), np.exp(rng.standard_normal(n_blocks * 256))),
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in NAMES}
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        libraries = Library(Path(one)), Library(Path(other), ("-DCCQ_EXACT",))
+        for source, (draws, weights) in sources.items():
+            x = (0.02 * draws).astype(np.float32)
+            w = None if weights is None else weights.astype(np.float32)
+            scale = 1.0 if w is None else w.reshape(x.shape)
+            for name in NAMES:
+                errors = []
+                for library in libraries:
+                    rows = library.quantize(name, x.reshape(1, -1), w).reshape(n_blocks, -1)
+                    errors.append((scale * (library.dequantize(name, rows) - x.astype(np.float64)) ** 2).sum())
+                found[name][source] = errors[0] / errors[1] - 1
+    return found
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=24, help=f"rows of {N_PER_ROW} weights for the times")
+    parser.add_argument("--blocks", type=int, default=200, help="blocks of 256 weights a source for the losses")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ggml", type=Path, help="the shared library ggml-base (default: the package's)")
+    args = parser.parse_args()
+    if args.rows < 2 or args.rows % 2:
+        parser.error(f"--rows {args.rows}: an even number, at least 2")
+
+    found = losses(args.blocks)
+    print(f"{'':9}" + "".join(f"{source:>13}" for source in found["CCQ2"]) + "   loss against exact, bar 1 %")
+    for name, loss in found.items():
+        cells = "".join(f"{value:>13.2%}" for value in loss.values())
+        print(f"{name:9}{cells}   {verdict(max(loss.values()) < LOSS_MOST)}", flush=True)
+
+    rows = Rows(load_ggml(args.ggml), args.rows)
+    us: dict[str, list[float]] = {name: [] for name in TYPES}
+    ratio: dict[str, list[float]] = {name: [] for name in NAMES}
+    faster: dict[str, list[float]] = {name: [] for name in NAMES}
+    for _ in range(args.rounds):
+        stock = rows.cpu_us("IQ2_XXS")
+        us["IQ2_XXS"].append(stock)
+        for name in NAMES:
+            us[name].append(rows.cpu_us(name))
+            ratio[name].append(us[name][-1] / stock)
+            faster[name].append(rows.speedup(name))
+    print(f"\n{'':9}{'us a weight':>13}{'to IQ2_XXS':>13}{'':10}{'two threads':>13}")
+    for name in TYPES:
+        line = f"{name:9}{statistics.median(us[name]):>13.1f}"
+        if name in NAMES:
+            r, f = statistics.median(ratio[name]), statistics.median(faster[name])
+            line += f"{r:>13.2f}  {verdict(r <= 1):8}{f:>12.2f}x  {verdict(f >= SPEEDUP_LEAST)}"
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
