@@ -7,19 +7,20 @@ size), importance of the columns (`imatrix`), and the writer (`quant/writer.py`)
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
 import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyllamaernie.errors import EXIT_INTERRUPTED, EXIT_USAGE, InputError
+from pyllamaernie.plan import add_budget, add_limits
+from pyllamaernie.samples import QUESTION, asked_pictures, wrong_prompts
 
 if TYPE_CHECKING:
     from pyllamaernie._upstream import Key
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pyllamaernie.quant.job import Job
     from pyllamaernie.quant.source import ModelSource
     from pyllamaernie.quant.writer import Progress, WriteResult
+    from pyllamaernie.quantize_hf import HfModel
 
 RECIPE_BASE = "Q8_0"  # of tensors that no line of a recipe names
 VIA = ("auto", "f16", "bf16", "f32")
@@ -46,33 +48,26 @@ def choose_types(
     *,
     type: str | None = None,
     recipe: str | None = None,
-    plan: Mapping[str, Any] | None = None,
     base: str = RECIPE_BASE,
     pins: Sequence[str] = (),
     pure: bool = False,
     imatrix: Path | None = None,
 ) -> Choice:
-    """The types of exactly one of: a preset or type, the text of a recipe, a plan as JSON. `pins` come first.
+    """The types of a preset or type, or of the text of a recipe. `pins`, REGEX=TYPE, come first.
 
     Raises: InputError, QuantizeError.
     """
     from pyllamaernie._upstream import Key
     from pyllamaernie.quant import native, stock
 
-    if sum(x is not None for x in (type, recipe, plan)) != 1:
-        raise InputError("give exactly one of a type, a recipe and a plan")
+    if (type is None) == (recipe is None):
+        raise InputError("give a type or a recipe, one of both")
     for pin in pins:
         stock.check_recipe(pin)
-    if plan is not None:
-        from pyllamaernie.quant.budget import Plan
-
-        chosen = Plan.from_dict(plan).types
-        return Choice(_pinned(chosen, pins))
     if type is not None and type.upper() in stock.presets():
-        lines = "\n".join(pins) or None
-        found = stock.stock_types(source, type, recipe=lines, imatrix=imatrix, pure=pure)
-        keys = () if pins else (Key("general.file_type", "u32", stock.presets()[type.upper()]),)
-        return Choice(found.types, keys, found.warnings)
+        found = stock.stock_types(source, type, recipe="\n".join(pins) or None, imatrix=imatrix, pure=pure)
+        number = Key("general.file_type", "u32", stock.presets()[type.upper()])
+        return Choice(found.types, () if pins else (number,), found.warnings)
     if type is not None:
         if type.upper() not in native.TYPES:
             raise InputError(
@@ -87,12 +82,20 @@ def choose_types(
     return Choice(found.types, (), (*found.warnings, *notes))
 
 
-def _pinned(types: Mapping[str, str], pins: Sequence[str]) -> dict[str, str]:
-    out = dict(types)
-    for pin in reversed(pins):
-        pattern, _, name = pin.partition("=")
-        out.update({tensor: name.upper() for tensor in out if re.search(pattern.lower(), tensor)})
-    return out
+def planned_types(text: str, source: ModelSource, importance: Importance | None) -> dict[str, str]:
+    """The types of a plan, as JSON. Raises: InputError for a plan of other files."""
+    from pyllamaernie.quant.plan import ModelPlan
+
+    plan = ModelPlan.from_json(text)
+    if plan.fingerprint != source.fingerprint:
+        raise InputError(f"the plan was made for {plan.model}, or for it as it was then; make a plan for {source.path}")
+    if plan.importance != (None if importance is None else importance.digest()):
+        raise InputError(
+            "the plan was made with another importance matrix; give the same one with --imatrix"
+            if plan.importance
+            else "the plan was made without an importance matrix; leave --imatrix out"
+        )
+    return dict(plan.types)
 
 
 def recipe_text(job: Job) -> str:
@@ -107,14 +110,11 @@ def recipe_text(job: Job) -> str:
     return "".join(sorted(lines))
 
 
-def beside(output: Path, suffix: str) -> Path:
-    """A file that goes with an output: NAME.gguf -> NAME.recipe.txt."""
-    return output.with_name(output.name.removesuffix(".gguf") + suffix)
-
-
 # ---- the verb
 
 EPILOG = """examples:
+  pyllamaernie quantize ernie-21b-bf16.gguf -o ernie-12g.gguf --size 12GiB -f text.txt
+  pyllamaernie quantize ernie-21b-bf16.gguf -o ernie-fit.gguf --fit --ctx 16384 -f text.txt
   pyllamaernie quantize ernie-21b-bf16.gguf -o ernie-q4.gguf --type Q4_K_M
   pyllamaernie quantize ERNIE-4.5-21B-A3B-PT -o ernie-q4.gguf --type Q4_K_M --imatrix imatrix.gguf
   pyllamaernie quantize ernie-21b-bf16.gguf -o mixed.gguf --recipe recipe.txt --imatrix imatrix.gguf
@@ -122,14 +122,18 @@ EPILOG = """examples:
 MODEL is a GGUF file (of several parts: any of them) in F32, F16 or BF16, or a Hugging Face folder, which is converted
 on the way: no 16-bit GGUF is written in between. The mmproj and mtp files of a folder are written beside OUT.
 
+  --size     bytes of the whole file, or --bpw, bits per weight: importance is measured, a plan is made (see
+             `pyllamaernie plan --help`), and the best file of that size is written
+  --fit      the same for as many bytes as this machine's memory holds beside the context and its buffers
   --type     a preset of llama-quantize (Q4_K_M, IQ3_XXS, ...) or one type for all matrices (CCQ2_5, NVFP4, ...)
   --recipe   lines REGEX=TYPE as for `llama-quantize --tensor-type-file`; the first that is found in a name decides, and
              names in no line get what --base gives them
-  --plan     the NAME.plan.json of an earlier run
+  --plan     the OUT.plan.json of an earlier run, or of `pyllamaernie plan`
 
 Ctrl-C keeps what is done in OUT.part and OUT.part.journal, and the same command goes on from there; so it does after a
-crash. --no-resume starts again and keeps nothing. OUT appears when it is whole. Beside it: OUT's recipe, which
-llama-quantize takes too.
+crash. --no-resume starts again and keeps nothing. OUT.gguf appears when it is whole. Beside it: OUT.recipe.txt, which
+llama-quantize takes too; for a size also OUT.plan.json, OUT.plan.md (a report) and, if measured, OUT.imatrix.gguf.
+For a size, a folder becomes a 16-bit GGUF in a hidden folder beside OUT while it is measured.
 
 exit codes: 0 done, 1 failed, 2 bad usage, 3 nothing fits the size, 4 a file is missing or unreadable, 5 not enough disk
 or memory, 130 interrupted"""
@@ -140,25 +144,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="GGUF file, or Hugging Face folder")
     parser.add_argument("-o", "--output", metavar="OUT.gguf", required=True, help="the smaller file")
     what = parser.add_argument_group("what to make (one of these)").add_mutually_exclusive_group(required=True)
+    add_budget(what)
+    what.add_argument("--fit", action="store_true", help="as large as this machine can run, with its context")
     what.add_argument("--type", metavar="NAME", help="a preset such as Q4_K_M, or one type for all matrices")
     what.add_argument("--recipe", metavar="FILE", help="lines REGEX=TYPE")
     what.add_argument("--plan", metavar="FILE", help="a plan.json")
     more = parser.add_argument_group("types")
-    more.add_argument(
-        "--pin",
-        action="append",
-        default=[],
-        metavar="REGEX=TYPE",
-        help="this type for the tensors in whose name the pattern is found; may be repeated, the first one decides",
-    )
+    add_limits(more)
     more.add_argument("--pure", action="store_true", help="with a preset: its basic type for all matrices")
     more.add_argument(
         "--base", default=RECIPE_BASE, metavar="PRESET", help="for names in no line of a recipe (default: Q8_0)"
     )
-    more.add_argument("--imatrix", metavar="FILE", help="importance of the columns, from `pyllamaernie imatrix`")
     more.add_argument(
         "--allow-requantize", action="store_true", help="also change tensors that are quantized already, at a loss"
     )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help="importance of the columns, from `pyllamaernie imatrix`; for a size it is measured if left out",
+    )
+    data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text to measure on (default: one from this package)")
+    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
+    data.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
+    )
+    fit = parser.add_argument_group("the machine (--fit)")
+    fit.add_argument("--ctx", type=int, default=4096, metavar="N", help="tokens of context (default: 4096)")
+    fit.add_argument("--kv-type", default="f16", metavar="NAME", help="type of the KV cache (default: f16)")
+    fit.add_argument("--reserve", metavar="BYTES", help="memory to leave free (default: 5 %%, at least 1 GiB)")
     folder = parser.add_argument_group("Hugging Face folders")
     folder.add_argument(
         "--via", choices=VIA, default="auto", help="type before quantization (default: auto, the folder's 16-bit type)"
@@ -178,6 +197,15 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None and args.threads < 1:
         print(f"pyllamaernie quantize: --threads is a positive whole number, got {args.threads}", file=sys.stderr)
         return EXIT_USAGE
+    if wrong := wrong_prompts(args):
+        print(f"pyllamaernie quantize: {wrong}", file=sys.stderr)
+        return EXIT_USAGE
+    if (args.min or args.max or args.types) and (args.type or args.recipe or args.plan):
+        print("pyllamaernie quantize: --min, --max and --types go with --size, --bpw and --fit", file=sys.stderr)
+        return EXIT_USAGE
+    if args.pin and args.plan:
+        print("pyllamaernie quantize: --pin does not go with --plan, whose types are chosen", file=sys.stderr)
+        return EXIT_USAGE
     output = Path(args.output)
     if output.suffix != ".gguf":
         print(f"pyllamaernie quantize: {output}: the output's name must end in .gguf", file=sys.stderr)
@@ -191,64 +219,104 @@ def _run(args: argparse.Namespace, output: Path) -> int:
     from pyllamaernie.quant.importance import read_importance
     from pyllamaernie.quant.job import plan_job
     from pyllamaernie.quant.source import gguf_source
-    from pyllamaernie.quant.writer import check_output, run_job
+    from pyllamaernie.quant.writer import check_output
 
     model, folder = Path(args.model), None
     if model.is_dir():
-        from pyllamaernie.quantize_hf import hf_model
+        from pyllamaernie.quantize_hf import check_beside, hf_model
 
         options = {"type": args.via, "mmproj": not args.no_mmproj, "mmproj_type": args.mmproj_type}
         folder = hf_model(model, output, mtp=not args.no_mtp, **options)
+        if not args.dry_run:
+            check_beside(folder, args.overwrite)
     source = gguf_source(model) if folder is None else folder.source
+    if not args.dry_run:
+        check_output(output, (source.path,), args.overwrite)
     imatrix = None if args.imatrix is None else Path(args.imatrix)
-    importance: Importance | None = None if imatrix is None else read_importance(imatrix)
-    choice = choose_types(
-        source,
-        type=args.type,
-        recipe=None if args.recipe is None else _read_text(args.recipe),
-        plan=None if args.plan is None else _read_json(args.plan),
-        base=args.base,
-        pins=args.pin,
-        pure=args.pure,
-        imatrix=imatrix,
-    )
-    job = plan_job(
-        source,
-        choice.types,
-        output,
-        importance=importance,
-        keys=choice.keys,
-        allow_requantize=args.allow_requantize,
-    )
+    importance = None if imatrix is None else read_importance(imatrix)
+    if args.size is not None or args.bpw is not None or args.fit:
+        choice, importance = _sized(args, source, folder, output)
+    elif args.plan is not None:
+        choice = Choice(planned_types(_read_text(args.plan), source, importance))
+    else:
+        recipe = None if args.recipe is None else _read_text(args.recipe)
+        choice = choose_types(
+            source, type=args.type, recipe=recipe, base=args.base, pins=args.pin, pure=args.pure, imatrix=imatrix
+        )
+    allow = args.allow_requantize
+    job = plan_job(source, choice.types, output, importance=importance, keys=choice.keys, allow_requantize=allow)
     for line in (*choice.warnings, *job.warnings):
         print(f"pyllamaernie quantize: warning: {line}", file=sys.stderr)
     if args.dry_run:
         _show(job)
         return 0
-    check_output(job, args.overwrite)
-    if folder is not None:
-        from pyllamaernie.quantize_hf import check_beside, write_beside
+    return _write(args, job, folder)
 
-        check_beside(folder, args.overwrite)
-    bar = _Bar(sys.stderr.isatty() and not args.no_progress)
-    try:
-        result = run_job(
-            job,
+
+def _sized(
+    args: argparse.Namespace, source: ModelSource, folder: HfModel | None, output: Path
+) -> tuple[Choice, Importance]:
+    """Everything from a size to types: importance, unless given, and the plan."""
+    from pyllamaernie import quantize_size
+    from pyllamaernie.plan import parse_size, rules_of
+
+    rules = rules_of(args)
+    types = None if args.types is None else args.types.split(",")
+    shown = sys.stderr.isatty() and not args.no_progress
+    size_bytes = None if args.size is None else parse_size(args.size)
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyllamaernie-")))
+        pictures = asked_pictures(args)
+        text = None if args.file is None else Path(args.file)
+        if is_ours := text is None and not pictures:
+            text = stack.enter_context(quantize_size.packaged_text(home))
+        samples = quantize_size.Samples(text, pictures, is_ours)
+        seen = stack.enter_context(quantize_size.runnable(source, folder, output))
+        notes: list[str] = []
+        if args.fit:
+            from pyllamaernie.fit import file_budget
+
+            size_bytes, line = file_budget(seen, n_ctx=args.ctx, reserve=args.reserve, kv_type=args.kv_type)
+            print(line, file=sys.stderr)
+        imatrix = None if args.imatrix is None else Path(args.imatrix)
+        if imatrix is None:
+            imatrix, notes = quantize_size.measured_importance(
+                seen.path, samples, output, n_threads=args.threads, progress=shown
+            )
+        plan, importance = quantize_size.make_plan(
+            seen,
+            output,
+            size_bytes=size_bytes,
+            bpw=args.bpw,
+            imatrix=imatrix,
+            samples=samples,
+            rules=rules,
+            types=types,
             n_threads=args.threads,
-            overwrite=args.overwrite,
-            resume=not args.no_resume,
-            on_progress=bar.show,
+            progress=shown,
         )
+    return Choice(plan.types, (), (*notes, *plan.notes)), importance
+
+
+def _write(args: argparse.Namespace, job: Job, folder: HfModel | None) -> int:
+    from pyllamaernie.quant.writer import run_job
+    from pyllamaernie.quantize_size import beside, write_text
+
+    bar, resume = _Bar(sys.stderr.isatty() and not args.no_progress), not args.no_resume
+    try:
+        result = run_job(job, n_threads=args.threads, overwrite=args.overwrite, resume=resume, on_progress=bar.show)
     except KeyboardInterrupt:
         bar.close()
-        print(f"pyllamaernie quantize: {_interrupted(output, bar.share, not args.no_resume)}", file=sys.stderr)
+        print(f"pyllamaernie quantize: {_interrupted(job.output, bar.share, resume)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         bar.close()
     if folder is not None:
+        from pyllamaernie.quantize_hf import write_beside
+
         for path in write_beside(folder, args.overwrite):
             print(path)
-    _write_text(beside(output, ".recipe.txt"), recipe_text(job))
+    write_text(beside(job.output, ".recipe.txt"), recipe_text(job))
     _report(result)
     return 0
 
@@ -283,20 +351,6 @@ def _read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start}") from None
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(_read_text(path))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Written beside and renamed."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
-        (Path(folder) / path.name).write_text(text, encoding="utf-8")
-        os.replace(Path(folder) / path.name, path)
 
 
 class _Bar:

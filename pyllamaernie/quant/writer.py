@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def run_job(
     from pyllamaernie.options import n_cpu
 
     started = time.monotonic()
-    check_output(job, overwrite)
+    check_output(job.output, job.inputs, overwrite)
     try:
         journal = Journal(job.output, job.digest, fresh=not resume)
     except OSError as error:
@@ -142,15 +142,15 @@ def run_job(
     return WriteResult(job.output, job.n_bytes, n_kept, len(job.tensors), job.n_params, job.bpw, seconds, job.warnings)
 
 
-def check_output(job: Job, overwrite: bool) -> None:
+def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Raises InputError when the output's name cannot be used."""
-    folder = job.output.absolute().parent
+    folder = output.absolute().parent
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder")
-    if job.output.is_dir() or (job.output.exists() and not overwrite):
-        raise InputError(f"{job.output} exists; choose another name or allow overwriting (--overwrite)")
-    if job.output.exists() and any(job.output.samefile(path) for path in job.inputs):
-        raise InputError(f"{job.output} is what is read; choose another name")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise InputError(f"{output} exists; choose another name or allow overwriting (--overwrite)")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise InputError(f"{output} is what is read; choose another name")
 
 
 def _reserve(job: Job, is_resumed: bool) -> None:

@@ -1,0 +1,162 @@
+"""From a size to a finished choice of types: what `quantize --size`, `--bpw` and `--fit` do before the writer starts.
+
+Importance of the columns is measured where none is given, then `quant/plan.py` measures, probes and solves. The result
+is kept beside the output, so that an interrupted run goes on with the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pyllamaernie.errors import PyllamaernieError
+from pyllamaernie.quant.budget import Rule
+from pyllamaernie.quant.importance import Importance, read_importance
+from pyllamaernie.quant.journal import part_path
+from pyllamaernie.quant.plan import ModelPlan, Planner
+from pyllamaernie.quant.source import ModelSource
+from pyllamaernie.quantize_hf import HfModel, write_beside
+
+log = logging.getLogger("pyllamaernie.quant")
+
+_N_TEXT = 400_000  # characters of the packaged text
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model is measured on. `is_ours`: nothing was given, so it is this package's own text."""
+
+    text: Path | None
+    pictures: Sequence[tuple[Any, str]]
+    is_ours: bool
+
+
+@contextmanager
+def packaged_text(folder: Path) -> Iterator[Path]:
+    """A text out of this package, its sources and licences: better than nothing, and no more than that."""
+    package = Path(__file__).parent
+    files = sorted(package.glob("licenses/*.txt")) + sorted(package.rglob("*.py"))
+    text = "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[:_N_TEXT]
+    path = folder / "packaged.txt"
+    path.write_text(text, encoding="utf-8")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def runnable(source: ModelSource, folder: HfModel | None, output: Path) -> Iterator[ModelSource]:
+    """The source with a GGUF as its path; a Hugging Face folder becomes one beside the output, while that is needed."""
+    if folder is None:
+        yield source
+        return
+    from pyllamaernie.quant.writer import write_quantized
+
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as home:
+        path = Path(home) / "model.gguf"
+        log.info("%s: a 16-bit GGUF is made for measuring, and removed afterwards", folder.source.path)
+        write_quantized(source, {}, path, resume=False)
+        moved = tuple(replace(file, path=Path(home) / file.path.name) for file in folder.beside)
+        for made in write_beside(replace(folder, beside=moved), overwrite=True):
+            if made.name.startswith("mmproj-"):
+                os.replace(made, path.with_name("mmproj-model.gguf"))
+        yield replace(source, path=path)
+
+
+def measured_importance(
+    model: Path, samples: Samples, output: Path, *, n_threads: int | None, progress: bool
+) -> tuple[Path, list[str]]:
+    """An importance matrix beside the output, and what a person should know about it."""
+    from pyllamaernie.imatrix import CHUNK, compute_imatrix, report
+    from pyllamaernie.model import read_header
+
+    path = beside(output, ".imatrix.gguf")
+    chunk = min(CHUNK, int(read_header(model).get("context_length") or CHUNK))
+    result = compute_imatrix(
+        model,
+        samples.text,
+        path,
+        pictures=samples.pictures,
+        chunk=chunk,
+        n_threads=n_threads,
+        overwrite=True,
+        progress=progress,
+    )
+    notes = report(result)
+    if samples.is_ours:
+        notes.insert(
+            0,
+            "importance is measured on this package's own sources and licences; a text of the kind that the model is "
+            "used for is better (-f TEXT, or --imatrix)",
+        )
+    return path, notes
+
+
+def make_plan(
+    source: ModelSource,
+    output: Path,
+    *,
+    size_bytes: int | None,
+    bpw: float | None,
+    imatrix: Path,
+    samples: Samples,
+    rules: Sequence[Rule] = (),
+    types: Sequence[str] | None = None,
+    n_threads: int | None = None,
+    progress: bool = False,
+) -> tuple[ModelPlan, Importance]:
+    """The plan for a size, made anew or that of an interrupted run; it and its report are written beside the output.
+
+    Raises: BudgetError, InputError, QuantizeError.
+    """
+    from pyllamaernie.plan_report import write_report
+
+    importance = read_importance(imatrix)
+    path = beside(output, ".plan.json")
+    if part_path(output).is_file():
+        known = _kept_plan(path, source, importance, size_bytes)
+        if known is not None:
+            log.info("%s: the plan of the interrupted run", path)
+            return known, importance
+    with Planner(
+        source,
+        importance=importance,
+        text=samples.text,
+        pictures=samples.pictures,
+        rules=rules,
+        types=types,
+        n_threads=n_threads,
+        progress=progress,
+    ) as planner:
+        plan = planner.plan(planner.size_of(bpw) if size_bytes is None else size_bytes)
+        write_text(path, plan.to_json())
+        write_report(plan, planner, beside(output, ".plan.md"))
+    return plan, importance
+
+
+def beside(output: Path, suffix: str) -> Path:
+    """A file that goes with an output: NAME.gguf -> NAME.recipe.txt."""
+    return output.with_name(output.name.removesuffix(".gguf") + suffix)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside and renamed."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
+        (Path(folder) / path.name).write_text(text, encoding="utf-8")
+        os.replace(Path(folder) / path.name, path)
+
+
+def _kept_plan(path: Path, source: ModelSource, importance: Importance, size_bytes: int | None) -> ModelPlan | None:
+    try:
+        plan = ModelPlan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, PyllamaernieError):
+        return None
+    same = plan.fingerprint == source.fingerprint and plan.importance == importance.digest()
+    return plan if same and size_bytes in (None, plan.budget_bytes) else None
