@@ -29,6 +29,7 @@ from pyllamaernie.quant.writer import write_quantized  # noqa: E402
 
 PRESETS = ("IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 BARS = ((3.2, 0.70), (5.0, 0.80), (math.inf, 0.95))
+N_CALIBRATION = 120  # chunks of 512 tokens
 PAGE = ROOT / "docs" / "quantize.md"
 MARKS = ("<!-- equal bytes: begin -->", "<!-- equal bytes: end -->")
 
@@ -42,7 +43,9 @@ def make_files(folder: Path, work: Path, presets: list[str], options: dict) -> d
     model, imatrix = folder / "text-moe-f16.gguf", work / "imatrix.gguf"
     threads = options["n_threads"]
     if not imatrix.exists():
-        compute_imatrix(model, folder / "calibration.txt", imatrix, n_threads=threads, progress=True)
+        compute_imatrix(
+            model, folder / "calibration.txt", imatrix, n_chunks=N_CALIBRATION, n_threads=threads, progress=True
+        )
     out = {}
     planner = None
     for preset in presets:

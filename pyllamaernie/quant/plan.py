@@ -196,6 +196,7 @@ class Planner:
         self.n_params = sum(math.prod(w.shape) for w in self.source.weights)
         self.notes: list[str] = []
         self.runs: list[tuple[float, float]] = []  # (predicted, measured KL) of every plan that was solved and run
+        self._known: dict[str, dict[str, str]] | None = None
         self._bar = _Bar(progress)
         n_threads = n_threads or n_cpu()
         with self._bar.stage("errors of types", len(quantizable_names(self.source))) as step:
@@ -420,6 +421,8 @@ class Planner:
 
     def known_plans(self) -> dict[str, dict[str, str]]:
         """Types by the name of the plan: presets of llama-quantize, and single types."""
+        if self._known is not None:
+            return self._known
         out: dict[str, dict[str, str]] = {}
         for preset in PRESETS if not self.rules else ():
             try:
@@ -437,6 +440,7 @@ class Planner:
                         u = t if t in larger else min(larger, key=lambda u: (TYPES[u].bpw, u))
                         chosen |= dict.fromkeys(item.names, u)
                 out[f"all {t}"] = chosen
+        self._known = out
         return out
 
     def _notes(self, source: str, predicted: float | None, measured: float | None) -> list[str]:
