@@ -501,6 +501,8 @@ def test_a_dry_run_says_the_sizes_with_and_without_weights(release, original, im
     for name, source in (("r", release), ("o", original)):
         (tmp_path / name).mkdir()
         shutil.copy(source / "config.json", tmp_path / name)
+    with pytest.raises(ConvertError, match="pass --original with the folder of"):  # before any weights are missed
+        convert(tmp_path / "r", tmp_path / "x.gguf")
     planned = convert(tmp_path / "r", tmp_path / "x.gguf", original=tmp_path / "o", dry_run=True)
     assert {row.name: row.n_bytes for row in planned.tensors} == written
     assert "experts of layers 2 and up in 2 bits" in planned.assumed

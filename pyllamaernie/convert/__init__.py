@@ -184,7 +184,7 @@ def check_two_bit(
 
 
 def _two_bit(source: Path, original: str | Path | None, dry_run: bool) -> wint2.TwoBitFolder | None:
-    two_bit = wint2.find(source, need_weights=not dry_run)
+    two_bit = wint2.find(source, need_weights=original is not None and not dry_run)
     if two_bit and original is None:
         raise ConvertError(
             f"{source}: a 2-bit release, of which only the experts can be used; pass --original with the folder of "
@@ -494,7 +494,7 @@ def run(args: argparse.Namespace) -> int:
     for kind, path, chosen in (
         ("text", result.model, result.type),
         ("mmproj", result.mmproj, result.mmproj_type),
-        ("mtp", result.mtp, result.type),
+        ("mtp", result.mtp, next((row.type.lower() for row in result.tensors if row.file == "mtp"), "")),
     ):
         rows = [row for row in result.tensors if row.file == kind]
         if path is not None:
