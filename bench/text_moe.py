@@ -188,10 +188,10 @@ def build(torch, shape: checkpoints.Shape, seed: int):  # type: ignore[no-untype
             order = chosen.flatten().argsort()
             source = order // shape.n_expert_used
             parts = flat.bfloat16().index_select(0, source).split(counts.tolist())
-            weights = zip(self.gate.bfloat16().unbind(0), self.up.bfloat16().unbind(0), self.down.bfloat16().unbind(0))
+            weights = zip(*(w.bfloat16().unbind(0) for w in (self.gate, self.up, self.down)), strict=True)
             rows = [
                 F.linear(F.silu(F.linear(part, gate)) * F.linear(part, up), down)
-                for part, (gate, up, down) in zip(parts, weights)
+                for part, (gate, up, down) in zip(parts, weights, strict=True)
             ]
             y = torch.cat(rows) * g.flatten()[order][:, None]
             routed = torch.zeros_like(flat).index_add(0, source, y.to(flat.dtype))
@@ -412,7 +412,7 @@ def cached(*, seed: int = 0, n_steps: int = STEPS) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help=f"folder (default: a name from a hash, under {CACHE})")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of %d windows of %d tokens" % (BATCH, N_CTX))
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} windows (default: {STEPS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
