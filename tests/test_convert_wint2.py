@@ -16,6 +16,7 @@ import two_bit
 from gguf import GGMLQuantizationType as T
 from gguf import GGUFReader
 
+from pyllamaernie import cli
 from pyllamaernie.convert import check_two_bit, convert
 from pyllamaernie.convert.wint2 import READINGS
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError, WeightMismatchError
@@ -138,6 +139,12 @@ SPELLINGS = {
 def test_other_spellings_give_the_same_file(options: dict, experts, original, imported, tmp_path: Path) -> None:
     folder = two_bit.write_release(tmp_path / "r", experts, **options)
     assert convert(folder, tmp_path / "toy.gguf", original=original).model.read_bytes() == imported.read_bytes()
+
+
+@pytest.mark.parametrize("names", ["memory", "fused"])
+def test_the_original_may_be_stored_in_other_ways(names: str, release, imported, tmp_path: Path) -> None:
+    other = two_bit.write_original(tmp_path / "Toy-PT", names=names)
+    assert convert(release, tmp_path / "toy.gguf", original=other).model.read_bytes() == imported.read_bytes()
 
 
 @pytest.mark.parametrize("n_slices", [2, 4])
@@ -455,33 +462,28 @@ def test_rows_that_fill_no_block_are_refused(original, tmp_path: Path) -> None:
 # ---- command line, files ---------------------------------------------------------------------------------------------
 
 
-def command(*args: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "pyllamaernie", "convert", *map(str, args)], capture_output=True, text=True
-    )
-
-
-def test_the_command_prints_how_well_it_fits_and_what_it_wrote(release, original, tmp_path: Path) -> None:
-    done = command(release, "--original", original, "-o", tmp_path / "x.gguf")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_the_command_prints_how_well_it_fits_and_what_it_wrote(release, original, tmp_path: Path, capsys) -> None:
+    words = ["convert", release, "--original", original, "-o", tmp_path / "x.gguf"]
+    assert cli.main([str(word) for word in words]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("read as documented: correlation with the original 0.9")
     assert lines[-1].startswith(f"{tmp_path / 'x.gguf'}: ") and lines[-1].endswith("ccq2_b")
 
 
-def test_check_writes_nothing_and_fails_with_3(release, experts, original, tmp_path: Path) -> None:
-    done = command(release, "--original", original, "--check", "-o", tmp_path / "x.gguf")
-    assert done.returncode == 0 and "low-first 0.9" in done.stdout and not list(tmp_path.iterdir())
+def test_check_writes_nothing_and_fails_with_3(release, experts, original, tmp_path: Path, capsys) -> None:
+    words = ["--original", str(original), "--check", "-o", str(tmp_path / "x.gguf")]
+    assert cli.main(["convert", str(release), *words]) == 0
+    assert "low-first 0.9" in capsys.readouterr().out and not list(tmp_path.iterdir())
     folder = two_bit.write_release(tmp_path / "r", changed(experts, up_first))
-    done = command(folder, "--original", original, "--check")
-    assert done.returncode == 3 and "--reading up-first takes it so" in done.stderr and done.stdout == ""
+    assert cli.main(["convert", str(folder), *words]) == 3
+    out, err = capsys.readouterr()
+    assert "--reading up-first takes it so" in err and len(err.splitlines()) == 1 and out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
 def test_wrong_options_are_one_sentence(release, original, tmp_path: Path) -> None:
     def refusal(*args: object) -> str:
         with pytest.raises(ConvertError) as error:
-            from pyllamaernie import cli
-
             cli.main(["--debug", "convert", *map(str, args), "-o", str(tmp_path / "x.gguf")])
         return str(error.value)
 

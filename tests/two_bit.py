@@ -6,6 +6,7 @@ really encoded; tensors that no importer reads (attention, experts in 4 bits) ha
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -43,8 +44,9 @@ def encode(weights: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     for last in (False, True):
         local = np.clip(np.rint(target / super_scale[:, None]), 1, 15)
         scaled = (groups / (local * super_scale[:, None])[:, :, None]).reshape(n, k // 4, 4).astype(np.float32)
-        cost = (level**2).sum(1)[:, None] - 2 * scaled @ level  # (N, K/4, 256)
-        q = cost.argmin(2)
+        half = (level**2).sum(1)[:, None] / 2  # (N, 1, 256)
+        runs = [slice(at, at + 16) for at in range(0, n, 16)]  # few enough that the costs stay in the cache
+        q = np.concatenate([(half[run] - scaled[run] @ level[run]).argmin(2) for run in runs])
         if not last:  # scales that suit the codes best
             chosen = np.take_along_axis(level.transpose(0, 2, 1), q[:, :, None], 1).reshape(groups.shape)
             target = (groups * chosen).sum(2) / np.maximum((chosen**2).sum(2), 1)
@@ -85,6 +87,7 @@ def encoded_experts(shape: checkpoints.Shape = SHAPE, seed: int = 0) -> dict[str
     return out
 
 
+@functools.cache
 def bf16_weights(shape: checkpoints.Shape = SHAPE, seed: int = 0) -> dict[str, np.ndarray]:
     """Weights of the original as float32, rounded as its files are: routers and their biases are not."""
     weights = checkpoints.weights_of("moe", shape=shape, seed=seed, tied=False)

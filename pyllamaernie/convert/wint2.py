@@ -175,6 +175,8 @@ def find(folder: Path, *, need_weights: bool = True) -> TwoBitFolder | None:
             "expected the layer after it"
         )
     ranks = sorted((p for p in folder.glob("rank*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
+    if len(ranks) == 1:  # the loader takes one alone for something else
+        ranks = []
     if ranks and [p.name for p in ranks] != [f"rank{i}" for i in range(len(ranks))]:
         raise MissingFileError(f"{folder}: has {', '.join(p.name for p in ranks)}; expected rank0 and on, without gaps")
     folders = tuple(ranks) or (folder,)
