@@ -250,6 +250,7 @@ def test_slow_types_are_imitated_with_their_error(model: Path, imatrix: Path, te
         assert imitated == pytest.approx(probe.kl(), rel=0.5)
 
 
+@pytest.mark.slow
 def test_measured_plan_is_no_worse_than_what_ran_beside_it(runner: Planner) -> None:
     size = runner.size_of(3.6)
     plan = runner.plan(size)
@@ -260,6 +261,7 @@ def test_measured_plan_is_no_worse_than_what_ran_beside_it(runner: Planner) -> N
         assert b.size_bytes > size or b.kl >= plan.kl_measured
 
 
+@pytest.mark.slow
 def test_better_preset_is_shipped_and_said(runner: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the best plan that ran is bad, the preset is the plan."""
     monkeypatch.setattr(runner, "_measured", lambda curves, solved, *rest: (9.9, curves, solved))
