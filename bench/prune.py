@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -105,14 +106,29 @@ def main() -> None:
             for i, name in enumerate(("calibration", "selection", "test")):
                 sets[name] = pictures(args.pictures, SEED + i * 1_000_000)
         source, imatrix = open_source(model), home / "imatrix.gguf"
-        for experts in (False, True):
-            start = time.perf_counter()
-            data = {"pictures": sets["calibration"]} if args.pictures else {"n_chunks": args.calibration_chunks}
-            text = None if args.pictures else args.calibration
-            compute_imatrix(model, text, imatrix, experts=experts, n_threads=args.threads, overwrite=True, **data)
-            print(f"imatrix {'with' if experts else 'without'} experts: {time.perf_counter() - start:.1f} s")
+        text = None if args.pictures else args.calibration
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(3):  # some rounds on a tenth of the data for the cost of the experts' sums, then all of it
+            for experts in (False, True):
+                start = time.process_time()
+                few = {"pictures": sets["calibration"][: max(1, args.pictures // 10)]} if args.pictures else {}
+                measure(model, text, imatrix, experts, args.threads, few, max(1, args.calibration_chunks // 10))
+                seconds[experts].append(time.process_time() - start)
+        without, with_ = (statistics.median(seconds[experts]) for experts in (False, True))
+        print(f"imatrix: {without:.2f} s of CPU without the experts' sums, {with_:.2f} s with them")
+        measure(
+            model, text, imatrix, True, args.threads, {"pictures": sets.get("calibration", ())}, args.calibration_chunks
+        )
         for ratio in args.ratios:
             run(args, source, imatrix, ratio, sets, home)
+
+
+def measure(
+    model: Path, text: str | None, imatrix: Path, experts: bool, n_threads: int, data: dict, n_chunks: int
+) -> None:
+    compute_imatrix(
+        model, text, imatrix, experts=experts, n_threads=n_threads, n_chunks=n_chunks, overwrite=True, **data
+    )
 
 
 def run(args: argparse.Namespace, source: Source, imatrix: Path, ratio: float, sets: dict, home: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyllamaernie.errors import InputError, UnsupportedInputError
 from pyllamaernie.expert_scores import Importance, Ranking, removed_mass
-from pyllamaernie.slice_source import Source
+from pyllamaernie.slice_source import BIAS_REMOVED, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 BAND = 0.125  # of the experts of a layer, on either side of the cut
 N_CHUNKS = 8
-MASK = -1e9  # added to a probability, it is never among the largest
 
 
 def refine(
@@ -102,10 +101,11 @@ class _Masks:
         self.biases: dict[tuple[str, int], tuple[str, np.ndarray]] = {}
         for pool, layers in source.pools().items():
             for il in layers:
-                stem = f"blk.{il}.exp_probs_b{'_vl' if pool == 'vision' else ''}"
-                tensor = source.tensor(f"{stem}.bias") or source.tensor(stem)
+                tensor = source.bias(pool, il)
                 if tensor is None or tensor.type.name != "F32":
-                    raise UnsupportedInputError(f"{source.path} has no {stem}.bias in F32 to mask experts with")
+                    raise UnsupportedInputError(
+                        f"{source.path}: layer {il} has no correction bias in F32 for {pool}, so no expert can be masked"
+                    )
                 self.biases[pool, il] = (tensor.name, tensor.data)
 
     def set(self, ranking: Ranking, removed: Sequence[int]) -> None:
@@ -115,5 +115,5 @@ class _Masks:
 
         name, bias = self.biases[ranking.pool, ranking.layer]
         masked = np.array(bias, np.float32).reshape(-1)
-        masked[list(removed)] = MASK
+        masked[list(removed)] = BIAS_REMOVED
         _core.set_tensor_data(self.engine, name, masked.view(np.uint8))

@@ -23,10 +23,12 @@ from pyllamaernie import elastic
 from pyllamaernie.errors import EXIT_USAGE, CorruptModelError, DiskSpaceError, InputError, UnsupportedInputError
 from pyllamaernie.expert_scores import Importance, read_importance
 from pyllamaernie.slice_keys import depth_keys, describe, set_elastic, set_experts, set_widths
-from pyllamaernie.slice_source import LAYER, Kept, Source, expert_place, open_source
+from pyllamaernie.slice_source import BIAS_REMOVED, LAYER, Kept, Source, expert_place, open_source
 from pyllamaernie.slice_width import Width, cut_expert, cut_shape, has_width, widths_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from pyllamaernie._upstream import InTensor, Key, OutTensor
 
 PLAN_FORMAT = "pyllamaernie-experts"
@@ -242,6 +244,14 @@ def _check_exact(source: Source, kept: Kept | None) -> None:
     odd = [t.name for t in source.tensors if "_exps" in t.name and not t.name.endswith(".weight")]
     if odd:
         raise UnsupportedInputError(f"{source.path}: whole routers are not possible with {odd[0]}")
+    for pool, layers in source.pools().items():
+        for il in layers:
+            bias = source.bias(pool, il)
+            if bias is None or bias.type.name != "F32":
+                raise UnsupportedInputError(
+                    f"{source.path}: layer {il} has no correction bias in F32 for {pool}; without one an ordinary cut "
+                    "is exact"
+                )
 
 
 # ---- tensors
@@ -286,7 +296,7 @@ def _cut_experts(
     exact: bool,
     scale: float,
 ) -> OutTensor:
-    """One tensor of experts: these of them, of this width. With `exact` a router has the kept rows, then the rest."""
+    """One tensor of experts: these of them, of this width. With `exact` a router stays, all but its bias."""
     from pyllamaernie._upstream import OutTensor
 
     shape, data = tensor.shape, tensor.data
@@ -308,12 +318,22 @@ def _cut_experts(
     if ids is None:
         return OutTensor(name, shape, tensor.type, lambda: iter((data,)))
     if exact and "_exps" not in tensor.name:
-        ids = [*ids, *(e for e in range(n_rows) if e not in set(ids))]
+        gone = [e for e in range(n_rows) if e not in set(ids)] if "exp_probs_b" in tensor.name else []
+        return OutTensor(name, shape, tensor.type, lambda: iter((_without(data, gone),)))
     rows = data.reshape(data.shape[n_ones:])
     out = (*shape[:n_ones], len(ids), *shape[n_ones + 1 :])
     if scale != 1.0:
         return OutTensor(name, out, tensor.type, lambda: iter(((rows[ids] * scale).astype(rows.dtype),)))
     return OutTensor(name, out, tensor.type, lambda: (rows[e : e + 1] for e in ids))
+
+
+def _without(bias: np.ndarray, gone: list[int]) -> np.ndarray:
+    """A router's tensor as it is, or a copy of a bias that keeps these experts from being chosen."""
+    if not gone:
+        return bias
+    out = bias.copy()
+    out.reshape(-1)[gone] = BIAS_REMOVED
+    return out
 
 
 # ---- what a person should know

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Layers -> kept experts, for each pool. A pool is a router and its experts; ERNIE VL has "text" and "vision".
 Kept = Mapping[str, Mapping[int, Sequence[int]]]
 
+# A correction bias that keeps an expert from being chosen. Source: native/overlay/src/models/pyllamaernie-experts.h
+BIAS_REMOVED = -1e9
+
 LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _PER_EXPERT = re.compile(
     r"ffn_(?:gate|up|down|gate_up)_exps(?P<a>_vl)?\.\w+|ffn_gate_inp(?P<b>_vl)?\.(?:weight|bias)"
@@ -106,6 +109,11 @@ class Source:
         if tensor is None:
             raise CorruptModelError(f"{self.path} has no {name}")
         return tensor
+
+    def bias(self, pool: str, il: int) -> InTensor | None:
+        """The correction bias of a pool's router in one layer, if it has one."""
+        stem = f"blk.{il}.exp_probs_b{'_vl' if self.has_vision_pool(il) and pool == 'vision' else ''}"
+        return self.tensor(f"{stem}.bias") or self.tensor(stem)
 
     def has_vision_pool(self, il: int) -> bool:
         """Without a router of its own, a `_vl` tensor serves the text experts."""

@@ -126,7 +126,7 @@ def test_exact_pruning_is_masking_with_any_bias(
     removed = {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
     copy(path, tmp_path / "masked.gguf", biases(path, removed, even=False))
     expected, exact = logits(tmp_path / "masked.gguf", kind), logits(tmp_path / "exact.gguf", kind)
-    assert np.abs(exact - expected).max() < 1e-4 * expected.std()
+    np.testing.assert_array_equal(exact, expected)  # same operations in the same order
     prune(path, imatrices[kind], tmp_path / "compact.gguf", keep=5, force=True)
     compact = logits(tmp_path / "compact.gguf", kind)
     assert np.abs(compact - expected).max() > 1e-3 * expected.std(), "the bias must matter here"
@@ -288,11 +288,13 @@ def flipped(r: Ranking) -> Ranking:
     return replace(r, kept=tuple(e for e in range(N_EXPERT) if e not in gone))
 
 
-def test_probing_needs_a_bias_to_mask_with(imatrices: dict[str, Path], text: Path, tmp_path: Path) -> None:
+def test_masking_needs_a_bias(imatrices: dict[str, Path], text: Path, tmp_path: Path) -> None:
     source = open_source(gguf("moe"))
     without = replace(source, tensors=[t for t in source.tensors if "exp_probs_b" not in t.name])
     rankings = rank_experts(source, imatrices["moe"], keep=6)
-    with pytest.raises(UnsupportedInputError, match=r"has no blk.1.exp_probs_b.bias in F32"):
+    with pytest.raises(UnsupportedInputError, match="without one an ordinary cut is exact"):
+        write_pruned(without, tmp_path / "never.gguf", rankings, "count", exact=True)
+    with pytest.raises(UnsupportedInputError, match="layer 1 has no correction bias in F32 for text"):
         refine(without, rankings, read_importance(imatrices["moe"]), text, n_chunks=1, n_threads=1)
     with pytest.raises(InputError, match="above 0 and at most 1, got 2"):
         refine(source, rankings, read_importance(imatrices["moe"]), text, band=2)
