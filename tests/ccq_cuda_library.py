@@ -1,4 +1,4 @@
-"""The CCQ kernels of the overlay's ggml-cuda: compiled by g++ for the emulator, and by nvcc for what it says of them."""
+"""The CCQ kernels of the overlay's ggml-cuda: compiled by g++ for the emulator, by nvcc for what it says of them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ class Emulator:
         return out.reshape(len(blocks), -1)
 
     def get_rows(self, name: str, x: np.ndarray, rows: np.ndarray, order: int = 0) -> np.ndarray:
-        """Shapes: x (n3, n2, n1, row bytes) uint8, rows (i12, i11, i10) int32 -> (i12, i11, i10, row length) float32."""
+        """ggml's get_rows.
+
+        Shapes: x (n3, n2, n1, row bytes) uint8, rows (i12, i11, i10) int32 -> (i12, i11, i10, row length) float32.
+        """
         rows = np.ascontiguousarray(rows, np.int32)
         n_units = round(x.shape[3] / UNIT_BYTES[name])
         out = np.zeros((*rows.shape, 256 * n_units), np.float32)
@@ -78,11 +81,15 @@ class Emulator:
         self._call("get_rows", KINDS.index(name), *pointers, n_units, ne, (ctypes.c_int64 * 9)(*strides), order)
         return out
 
-    def mul_mat_vec(self, name, x, y, dst, args: Args, n_channels: int, n_samples: int, ids=None, order: int = 0) -> None:
+    def mul_mat_vec(
+        self, name, x, y, dst, args: Args, n_channels: int, n_samples: int, ids=None, order: int = 0
+    ) -> None:
         pointers = [ctypes.c_void_p(_pointer(a)) for a in (x, y, ids, dst)]
         self._call("mul_mat_vec", KINDS.index(name), *pointers, ctypes.byref(args), n_channels, n_samples, order)
 
-    def mul_mat_tiles(self, name, x, y, dst, args: Args, n_matrices: int, lists=(None, None, None), order: int = 0) -> None:
+    def mul_mat_tiles(
+        self, name, x, y, dst, args: Args, n_matrices: int, lists=(None, None, None), order: int = 0
+    ) -> None:
         """lists: bounds, from and to of ccq_mul_mat_tiles()."""
         pointers = [ctypes.c_void_p(_pointer(a)) for a in (x, y, *lists, dst)]
         self._call("mul_mat_tiles", KINDS.index(name), *pointers, ctypes.byref(args), n_matrices, order)

@@ -1,8 +1,9 @@
 #pragma once
 
 // Runs CUDA kernels of the overlay on the CPU, thread block by thread block: enough of CUDA, and of the parts of ggml-cuda
-// that they use, for ccq-kernels.cuh. Threads are coroutines that change at barriers only, in an order the caller chooses:
-// where a barrier is missing, two orders give two results. A barrier that not all threads reach ends the program.
+// that they use, for ccq-kernels.cuh. Threads are coroutines that change at barriers only, warps and threads in an order the
+// caller chooses, a warp as far ahead of the others as it can: where a barrier is missing, results are wrong. A barrier that
+// not all threads reach ends the program. The number of warps, and of threads of a warp, is a power of two.
 //
 // Not the GPU: floats are not flushed to zero, and nothing is known about alignment, registers or time.
 
@@ -85,6 +86,11 @@ static bool release(size_t first, size_t last, state at) {
     return any;
 }
 
+// The i-th of n in turn: forward, backward, or by an odd stride, which is prime to a power of two.
+static int position(int i, int n, int order, int round) {
+    return order == 0 ? i : order == 1 ? n - 1 - i : (i*(2*order + 1) + round) % n;
+}
+
 static void run_block(int order) {
     const int n = (int) threads.size();
     for (thread & t : threads) {
@@ -96,26 +102,23 @@ static void run_block(int order) {
         t.at = RUNS;
         makecontext(&t.context, body, 0);
     }
+    const int n_warps = (n + 31)/32;
     for (int round = 0;; round++) {
-        bool ran = false;
-        for (int i = 0; i < n; i++) {
-            // forward, backward, or a stride that is odd and so prime to a power of two
-            current = order == 0 ? i : order == 1 ? n - 1 - i : (i*(2*order + 1) + round) % n;
-            if (threads[current].at == RUNS) {
-                threadIdx = threads[current].index;
-                ran = true;
-                swapcontext(&scheduler, &threads[current].context);
-            }
+        for (int i = 0; i < n_warps; i++) { // a warp goes as far as it can without the others
+            const int warp  = position(i, n_warps, order, round);
+            const int first = 32*warp;
+            const int last  = first + 32 < n ? first + 32 : n;
+            do {
+                for (int j = 0; j < last - first; j++) {
+                    current = first + position(j, last - first, order, round);
+                    if (threads[current].at == RUNS) {
+                        threadIdx = threads[current].index;
+                        swapcontext(&scheduler, &threads[current].context);
+                    }
+                }
+            } while (release(first, last, AT_WARP));
         }
-        if (ran) {
-            continue;
-        }
-        bool released = false;
-        for (int i = 0; i < n; i += 32) {
-            released |= release(i, i + 32 < n ? i + 32 : n, AT_WARP);
-        }
-        released |= !released && release(0, n, AT_BLOCK);
-        if (!released) {
+        if (!release(0, n, AT_BLOCK)) {
             for (const thread & t : threads) {
                 if (t.at != DONE) {
                     fprintf(stderr, "thread (%u, %u) waits for others that never come\n", t.index.x, t.index.y);

@@ -237,7 +237,7 @@ static __global__ void ccq_mul_mat_tiles(
         __syncthreads();
 
         if (col0 + col_warp < n_cols) {
-#pragma unroll
+#pragma unroll 2 // all eight take more registers than Turing has
             for (int k = 0; k < 8; k++) { // of 32 weights
                 tile_x a;
                 load_ldmatrix(a, x_words + row_warp*CCQ_TILE_STRIDE + 8*k, CCQ_TILE_STRIDE);
