@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from gguf import GGUFReader
 from pyllamaernie import cli
 from pyllamaernie.convert import check_two_bit, convert
 from pyllamaernie.convert.wint2 import READINGS
+from pyllamaernie.convert.wint2_check import sample_runs
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError, WeightMismatchError
 from pyllamaernie.quant import ccq
 
@@ -241,12 +243,34 @@ def test_a_wrong_reading_of_a_good_folder_is_refused(reading: str, release, orig
     assert not list(tmp_path.iterdir())
 
 
-def test_two_deviations_at_once_are_found(experts, original: Path, imported: Path, tmp_path: Path) -> None:
-    folder = two_bit.write_release(tmp_path / "r", changed(changed(experts, up_first), swapped_nibbles))
-    with pytest.raises(WeightMismatchError, match=r"--reading low-first\+up-first takes it so"):
+@pytest.mark.parametrize("reading", ["low-first+up-first", "up-first+by-channel", "low-first+tiled"])
+def test_two_deviations_at_once_are_found(reading: str, experts, original, imported, tmp_path: Path) -> None:
+    for name in reading.split("+"):  # meanings first, then places
+        experts = changed(experts, DEFECTS[name])
+    folder = two_bit.write_release(tmp_path / "r", experts)
+    with pytest.raises(WeightMismatchError, match=rf"--reading {re.escape(reading)} takes it so"):
         check_two_bit(folder, original)
-    model = convert(folder, tmp_path / "x.gguf", original=original, reading="up-first+low-first").model
+    backwards = "+".join(reversed(reading.split("+")))
+    model = convert(folder, tmp_path / "x.gguf", original=original, reading=backwards).model
     assert model.read_bytes() == imported.read_bytes()
+
+
+def test_a_damaged_piece_is_told_from_a_wrong_reading(experts, original: Path, tmp_path: Path) -> None:
+    name = "ernie.layers.3.mlp.experts.1.down_proj.quant_weight"
+    data = experts[name].copy()
+    for run in sample_runs(512, 2, (3, 1)):  # where this expert is looked at
+        data[:, run] = 0
+    folder = two_bit.write_release(tmp_path / "r", experts | {name: data})
+    with pytest.raises(WeightMismatchError, match=r"experts\.1\.down_proj.*elsewhere they fit with 0\.[789].*damaged"):
+        check_two_bit(folder, original)
+
+
+def test_nibbles_that_cannot_be_told_apart_are_no_reason(experts, original: Path, tmp_path: Path) -> None:
+    def alike(p: str, five: dict) -> dict:
+        return {**five, "weight_scale": (five["weight_scale"] >> 4) * np.uint8(17)}
+
+    report = check_two_bit(two_bit.write_release(tmp_path / "r", changed(experts, alike)), original)
+    assert "low-first" not in report.readings["down_proj"]
 
 
 def test_fields_in_reverse_order_are_refused(experts, original: Path, tmp_path: Path) -> None:

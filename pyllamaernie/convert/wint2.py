@@ -9,7 +9,7 @@ No released file was at hand: `wint2_check` compares with the original before an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def _tiled(codes: Codes, projection: str) -> Codes:
     return replace(codes, q=tiles.transpose(1, 3, 0, 2).reshape(n_rows, n))
 
 
-# name -> (what is otherwise than documented, how to undo it)
+# name -> (what is otherwise than documented, how to undo it); of several, the last comes first: places before meanings
 READINGS: dict[str, tuple[str, Callable[[Codes, str], Codes]]] = {
     "low-first": ("the local scale of an even group is in the low nibble", _low_first),
     "up-first": ("up_gate_proj holds up before gate", _up_first),
@@ -117,19 +117,22 @@ READINGS: dict[str, tuple[str, Callable[[Codes, str], Codes]]] = {
 
 
 def split_reading(reading: str) -> tuple[str, ...]:
-    """The deviations that a reading names: `documented`, or names of READINGS joined by +.
+    """The deviations that a reading names, in the table's order: `documented`, or names of READINGS joined by +.
 
     Raises: ConvertError for an unknown name.
     """
-    names = tuple(name for name in reading.split("+") if name != DOCUMENTED)
-    for name in names:
-        if name not in READINGS:
-            raise ConvertError(f"reading {name!r}; expected {DOCUMENTED}, or, joined by +, {', '.join(READINGS)}")
-    return names
+    names = set(reading.split("+")) - {DOCUMENTED}
+    for name in names - set(READINGS):
+        raise ConvertError(f"reading {name!r}; expected {DOCUMENTED}, or, joined by +, {', '.join(READINGS)}")
+    return tuple(name for name in READINGS if name in names)
+
+
+def reading_name(deviations: Collection[str]) -> str:
+    return "+".join(name for name in READINGS if name in deviations) or DOCUMENTED
 
 
 def apply_reading(codes: Codes, projection: str, reading: str) -> Codes:
-    for name in split_reading(reading):
+    for name in reversed(split_reading(reading)):
         codes = READINGS[name][1](codes, projection)
     return codes
 
@@ -229,11 +232,11 @@ class Experts:
 
     def __init__(self, two_bit: TwoBitFolder, c: TextConfig, bank: Bank, reading: str = DOCUMENTED) -> None:
         """Raises: TensorMappingError for a missing, odd or unknown tensor; ConvertError for sizes without a block."""
-        self.two_bit, self.reading, self.n_expert = two_bit, reading, bank.n_expert
+        self.two_bit, self.n_expert = two_bit, bank.n_expert
+        self.reading = reading_name(split_reading(reading))
         self.layers = [il for il, sparse in enumerate(sparse_layers(c)) if sparse and il > two_bit.w4_end]
         if not self.layers:
             raise ConvertError(f"{two_bit.folder / 'config.json'}: no layer has experts in 2 bits")
-        split_reading(reading)
         for key, n in (("hidden_size", c.n_embd), ("moe_intermediate_size", bank.n_ff)):
             if n % TYPE.block_size:
                 raise ConvertError(

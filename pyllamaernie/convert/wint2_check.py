@@ -26,6 +26,7 @@ from pyllamaernie.convert.wint2 import (
     Codes,
     Experts,
     TwoBitFolder,
+    reading_name,
     split_reading,
 )
 from pyllamaernie.errors import ConvertError, WeightMismatchError
@@ -35,7 +36,7 @@ from pyllamaernie.errors import ConvertError, WeightMismatchError
 NEEDED = 0.7
 CLEAR = 5.0  # standard errors between the wanted reading and any other
 SIZES = (0.5, 1.5)  # decoded over original weights, by least squares
-REVERSED, OTHER_EXPERT = "reversed fields", "another expert"
+NOT_READINGS = REVERSED, OTHER_EXPERT = "reversed fields", "another expert"  # told, but not converted
 
 _RUN = 16  # neighbouring channels, so that a sample is few pieces of a file
 _LIGHT_COLS, _FULL_COLS = 512, 4096
@@ -216,7 +217,7 @@ def _spread(items: Sequence[int], n: int = 3) -> list[int]:
     return sorted({items[round(i * (len(items) - 1) / (n - 1))] for i in range(n)})
 
 
-def _runs(n_channels: int, n_runs: int, seed: Sequence[int]) -> list[slice]:
+def sample_runs(n_channels: int, n_runs: int, seed: Sequence[int]) -> list[slice]:
     """Runs of channels, one somewhere in each equal part of all, which is never in two halves."""
     part = n_channels // n_runs
     starts = np.random.default_rng(list(seed)).integers(0, max(1, part - _RUN + 1), n_runs)
@@ -249,7 +250,7 @@ def _light(
     n_cols = sum(piece.n_cols for piece in pieces)
     start = 128 * int(np.random.default_rng([il, e, 1]).integers(0, max(1, (n_cols - _LIGHT_COLS) // 128 + 1)))
     stop = min(start + _LIGHT_COLS, n_cols)
-    runs = _runs(pieces[0].q.shape[1], 2, (il, e))
+    runs = sample_runs(pieces[0].q.shape[1], 2, (il, e))
     ours = _weights(pieces, runs, start, stop)
     theirs = np.concatenate([originals.rows(il, e, p, run)[:, start:stop] for run in runs])
     energy = float((theirs.astype(np.float64) ** 2).sum())
@@ -261,7 +262,7 @@ def _sample(experts: Experts, p: str) -> tuple[list[slice], int]:
     n_cols, n = experts.sizes[p]
     parts = len(experts.two_bit.part_folders)
     n_cols, n = (n_cols, n * parts) if p == UP_GATE else (n_cols * parts, n)
-    return _runs(n, 4, (n_cols, n)), min(n_cols, _FULL_COLS)
+    return sample_runs(n, 4, (n_cols, n)), min(n_cols, _FULL_COLS)
 
 
 def _all_readings(experts: Experts, originals: Originals, il: int, e: int, p: str) -> dict[str, np.ndarray]:
@@ -271,7 +272,7 @@ def _all_readings(experts: Experts, originals: Originals, il: int, e: int, p: st
     ours = _weights(experts.codes(il, e, p), runs, 0, stop)
     wanted = set(split_reading(experts.reading))
     found = {experts.reading: _correlations(ours, theirs)}
-    for name in _names([wanted ^ {step} for step in READINGS] + [set()]):
+    for name in [reading_name(wanted ^ {step}) for step in READINGS] + [DOCUMENTED]:
         if name not in found:
             found[name] = _correlations(_weights(experts.codes(il, e, p, name), runs, 0, stop), theirs)
     found[REVERSED] = _correlations(_reversed(ours), theirs)
@@ -287,10 +288,6 @@ def _original(originals: Originals, il: int, e: int, p: str, runs: Sequence[slic
     return np.concatenate([originals.rows(il, e, p, run)[:, :stop] for run in runs])
 
 
-def _names(sets: Sequence[set[str]]) -> list[str]:
-    return ["+".join(name for name in READINGS if name in one) or DOCUMENTED for one in sets]
-
-
 def _reversed(weights: np.ndarray) -> np.ndarray:
     """The four weights of every code in reverse order."""
     return weights.reshape(len(weights), -1, 4)[:, :, ::-1].reshape(weights.shape)
@@ -299,25 +296,24 @@ def _reversed(weights: np.ndarray) -> np.ndarray:
 def _must_be_best(name: str, reading: str, found: dict[str, np.ndarray]) -> None:
     wanted = found[reading]
     for other, values in found.items():
-        if other == reading:
-            continue
         gain = wanted - values
-        if gain.mean() <= CLEAR * gain.std() / np.sqrt(len(gain)):
-            better = "fits as well" if gain.mean() > 0 else "fits better"
-            raise WeightMismatchError(
-                f"{name}: read as {reading}, its weights correlate with the original's by {wanted.mean():.4f}, but "
-                f"{_told(other)} {better}: {values.mean():.4f} ({_seen(found)}); "
-                + (f"--reading {other} takes it so" if other not in (REVERSED, OTHER_EXPERT) else "it is not converted")
-            )
+        if other == reading or gain.mean() > CLEAR * gain.std() / np.sqrt(len(gain)):
+            continue
+        if gain.mean() > 0:
+            advice = "which is meant cannot be told"
+        else:
+            advice = "it is not converted" if other in NOT_READINGS else f"--reading {other} takes it so"
+        raise WeightMismatchError(
+            f"{name}: read as {reading}, its weights correlate with the original's by {wanted.mean():.4f}, but "
+            f"{_told(other)} fits {'as well' if gain.mean() > 0 else 'better'}: {values.mean():.4f}; {advice}; "
+            + _seen(found)
+        )
 
 
 def _told(name: str) -> str:
-    if name == DOCUMENTED:
-        return "the documented reading"
-    return f"{name} ({'; '.join(READINGS[part][0] for part in name.split('+'))})" if name not in _FIXED else name
-
-
-_FIXED = (REVERSED, OTHER_EXPERT)
+    if name in NOT_READINGS or name == DOCUMENTED:
+        return "the documented reading" if name == DOCUMENTED else name
+    return f"{name} ({'; '.join(READINGS[part][0] for part in name.split('+'))})"
 
 
 def _seen(found: dict[str, np.ndarray]) -> str:
@@ -329,7 +325,7 @@ def _refusal(experts: Experts, originals: Originals, il: int, e: int, p: str, fi
     runs, stop = _sample(experts, p)
     theirs = _original(originals, il, e, p, runs, stop)
     found = {}
-    for name in _names([set(pair) for n in range(3) for pair in combinations(READINGS, n)]):
+    for name in [reading_name(some) for n in range(3) for some in combinations(READINGS, n)]:
         found[name] = _correlations(_weights(experts.codes(il, e, p, name), runs, 0, stop), theirs)
     found.setdefault(experts.reading, _correlations(_weights(experts.codes(il, e, p), runs, 0, stop), theirs))
     singles = {name: values for name, values in found.items() if "+" not in name or name == experts.reading}
@@ -342,6 +338,8 @@ def _refusal(experts: Experts, originals: Originals, il: int, e: int, p: str, fi
     best = max(found, key=lambda reading: found[reading].mean())
     if found[best].mean() >= NEEDED and best != experts.reading:
         advice = f"{_told(best)} fits with {found[best].mean():.3f}: --reading {best} takes it so"
+    elif found[experts.reading].mean() >= NEEDED:
+        advice = f"elsewhere they fit with {found[experts.reading].mean():.3f}: is the file damaged?"
     elif singles[REVERSED].mean() >= NEEDED:
         advice = "with the four weights of a code in reverse order it fits, which CCQ2_B cannot hold"
     else:
