@@ -104,7 +104,7 @@ class _Masks:
                 tensor = source.bias(pool, il)
                 if tensor is None or tensor.type.name != "F32":
                     raise UnsupportedInputError(
-                        f"{source.path}: layer {il} has no correction bias in F32 for {pool}, so no expert can be masked"
+                        f"{source.path}: layer {il} has no correction bias in F32 for {pool} to mask experts with"
                     )
                 self.biases[pool, il] = (tensor.name, tensor.data)
 

