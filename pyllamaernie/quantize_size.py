@@ -26,6 +26,7 @@ from pyllamaernie.quantize_hf import HfModel, write_beside
 log = logging.getLogger("pyllamaernie.quant")
 
 _N_TEXT = 400_000  # characters of the packaged text
+_N_CHUNKS = 64  # of it, of 512 tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def measured_importance(
         path,
         pictures=samples.pictures,
         chunk=chunk,
+        n_chunks=_N_CHUNKS if samples.is_ours else None,
         n_threads=n_threads,
         overwrite=True,
         progress=progress,

@@ -8,6 +8,7 @@ output appears under its name when it is whole and on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -284,7 +285,7 @@ class _Run:
 
     def _in_threads(self, stage: str, items: Iterator, work: Callable) -> None:
         """`work` on every item; an error or an interruption lets the pieces that are begun come to their end."""
-        taking = threading.Lock()
+        taking, n_left, ended = threading.Lock(), [self._n_threads], threading.Event()
 
         def loop() -> None:
             try:
@@ -292,26 +293,29 @@ class _Run:
                     with taking:
                         item = next(items, None)
                     if item is None:
-                        return
+                        break
                     work(item)
             except BaseException as error:
                 with self._lock:
                     self._error = self._error or error
                 self._stop.set()
+            with self._lock:
+                n_left[0] -= 1
+                if n_left[0] == 0:
+                    ended.set()
 
-        threads = [threading.Thread(target=loop, name=f"quantize-{i}", daemon=True) for i in range(self._n_threads)]
         began, at_start = time.monotonic(), self._cost
-        for thread in threads:
-            thread.start()
+        for i in range(self._n_threads):
+            threading.Thread(target=loop, name=f"quantize-{i}", daemon=True).start()
+        # not by join(): before Python 3.13 an interrupted join takes a running thread for one that has ended
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
-                    self._report(stage, began, at_start)
+            while not ended.wait(0.1):
+                self._report(stage, began, at_start)
         finally:
             self._stop.set()
-            for thread in threads:
-                thread.join()
+            while not ended.is_set():
+                with contextlib.suppress(KeyboardInterrupt):  # the first one is on its way already
+                    ended.wait()
         self._stop.clear()
         if self._error is not None:
             raise self._error

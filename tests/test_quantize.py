@@ -1,0 +1,278 @@
+"""`pyllamaernie quantize`: presets, recipes, plans and sizes, from GGUF files and Hugging Face folders."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import gguf as gguf_py
+import gguf_models
+import numpy as np
+import pytest
+
+pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
+from pyllamaernie import Llama, cli, programs
+from pyllamaernie.convert import convert
+from pyllamaernie.errors import InputError
+from pyllamaernie.quant import stock
+from pyllamaernie.quant.source import gguf_source
+from pyllamaernie.quantize import choose_types
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = checkpoints.Shape(
+    n_vocab=512, n_embd=256, n_head=4, n_head_kv=1, head_dim=64, n_layer=2, n_ff=256, n_expert=3, n_expert_used=2,
+    n_shared=1, n_ff_exp=256, n_ff_exp_vl=256,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home() -> Path:
+    path = gguf_models.folder() / "quantize"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(home: Path) -> Path:
+    return checkpoints.write_checkpoint(home / "hf", "moe", shape=SHAPE, tied=False)
+
+
+@pytest.fixture(scope="module")
+def model(home: Path, folder: Path) -> Path:
+    return convert(folder, home / "bf16.gguf", type="bf16").model
+
+
+def quantize(*words: object) -> int:
+    return cli.main(["quantize", *map(str, words)])
+
+
+def payload(path: Path) -> dict[str, tuple]:
+    return {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf_py.GGUFReader(path).tensors}
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that an error is."""
+    text = capsys.readouterr().err.strip()
+    assert text.count("\n") == 0, text
+    return text
+
+
+# ---- types
+
+
+@pytest.mark.parametrize("preset", ["Q4_K_M", "iq4_xs", "Q5_K_S", "CCQ2", "F16"])
+def test_a_preset_gives_the_types_of_llama_quantize(preset: str, model: Path, tmp_path: Path) -> None:
+    expected = tmp_path / "stock.gguf"
+    names = [w.name for w in gguf_source(model).weights]
+    found = choose_types(gguf_source(model), type=preset)
+    assert sorted(found.types) == sorted(names)
+    if preset in ("CCQ2",):  # its encoder takes long; the types of a dry run are enough
+        assert {"CCQ2", "F32"} <= set(found.types.values())
+        return
+    programs.run("llama-quantize", [model, expected, preset, 2], capture=True)
+    assert found.types == {name: kind.name for name, (kind, _) in payload(expected).items()}
+
+
+def test_a_preset_is_written_as_llama_quantize_writes_it(model: Path, tmp_path: Path, capsys) -> None:
+    out, expected = tmp_path / "ours.gguf", tmp_path / "stock.gguf"
+    assert quantize(model, "-o", out, "--type", "Q4_K_M", "--threads", 2) == 0
+    assert f"{out}: {len(payload(model))} tensors, " in capsys.readouterr().out
+    programs.run("llama-quantize", [model, expected, "Q4_K_M", 2], capture=True)
+    assert payload(out) == payload(expected)
+    file_type = gguf_py.GGUFReader(out).fields["general.file_type"].contents()
+    assert file_type == gguf_py.GGUFReader(expected).fields["general.file_type"].contents()
+
+    # and the recipe beside it makes the same of the source
+    again = tmp_path / "again.gguf"
+    words = ["--tensor-type-file", tmp_path / "ours.recipe.txt", model, again, "Q8_0", 2]
+    log = programs.run("llama-quantize", words, capture=True)
+    assert payload(again) == payload(out)
+    n_lines = len((tmp_path / "ours.recipe.txt").read_text().splitlines())
+    assert (log.stdout + log.stderr).count("converting to") == n_lines
+
+
+def test_a_recipe_is_read_as_llama_quantize_reads_it(model: Path, tmp_path: Path) -> None:
+    recipe = "attn_.*=Q5_K  ffn_down_exps=iq4_nl\nBLK.1=q4_0\noutput=q6_k\n"
+    found = choose_types(gguf_source(model), recipe=recipe)
+    (tmp_path / "r.txt").write_text(recipe)
+    words = ["--tensor-type-file", tmp_path / "r.txt", model, tmp_path / "stock.gguf", "Q8_0", 2]
+    programs.run("llama-quantize", words, capture=True)
+    assert found.types == {name: kind.name for name, (kind, _) in payload(tmp_path / "stock.gguf").items()}
+    assert found.types["blk.1.attn_output.weight"] == "Q5_K" and found.types["blk.1.ffn_up_exps.weight"] == "Q4_0"
+
+
+def test_a_recipe_entry_that_nothing_matches_is_told(model: Path) -> None:
+    found = choose_types(gguf_source(model), recipe="attn_q=q4_k nothing_has_this=q4_k")
+    assert [line for line in found.warnings if "'nothing_has_this=q4_k' is found in no tensor's name" in line]
+
+
+def test_pins_come_first(model: Path) -> None:
+    found = choose_types(gguf_source(model), type="Q4_K_M", pins=["attn_q=q8_0", "attn=q5_0"])
+    assert found.types["blk.0.attn_q.weight"] == "Q8_0" and found.types["blk.0.attn_k.weight"] == "Q5_0"
+
+
+def test_one_type_for_all_matrices(model: Path) -> None:
+    found = choose_types(gguf_source(model), type="nvfp4")
+    assert set(found.types.values()) == {"NVFP4", "F32"}
+
+
+def test_rows_that_do_not_fit_are_told() -> None:
+    found = choose_types(gguf_source(gguf_models.gguf("moe")), type="Q4_K_S")
+    text = next(line for line in found.warnings if "rows of 96" in line)
+    assert "Q5_0 instead of Q4_K" in text and " more: " in text
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"recipe": "attn_q"}, "entry 'attn_q': expected NAME=TYPE"),
+        ({"recipe": "# attn_q=q4_k"}, "entry '#': expected NAME=TYPE"),
+        ({"recipe": "attn_q=q4_x"}, "type 'q4_x' is not known; types are F32"),
+        ({"recipe": " \n"}, "the recipe is empty"),
+        ({"type": "Q4_X"}, "type 'Q4_X' is not known; presets are CCQ2"),
+        ({}, "give a type or a recipe"),
+    ],
+)
+def test_a_wrong_choice_is_named(words: dict[str, str], text: str, model: Path) -> None:
+    with pytest.raises(InputError, match=text):
+        choose_types(gguf_source(model), **words)
+
+
+def test_every_preset_is_known_with_its_number() -> None:
+    presets = stock.presets()
+    assert presets["Q4_K_M"] == 15 and presets["IQ2_M"] == 29 and presets["CCQ2"] == 112 and len(presets) > 35
+
+
+# ---- Hugging Face folders
+
+
+@pytest.mark.parametrize("via", ["bf16", "f16"])
+def test_a_folder_gives_the_file_of_convert_and_quantize(via: str, folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "between.gguf", type=via)
+    assert quantize(tmp_path / "between.gguf", "-o", tmp_path / "two.gguf", "--type", "Q4_K_S") == 0
+    assert quantize(folder, "-o", tmp_path / "one.gguf", "--type", "Q4_K_S", "--via", via) == 0
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
+def test_the_projector_of_a_folder_is_written_beside(home: Path, tmp_path: Path) -> None:
+    folder = checkpoints.write_checkpoint(home / "vl-hf", "vl", tied=False)
+    convert(folder, tmp_path / "plain.gguf", type="f16")
+    assert quantize(folder, "-o", tmp_path / "q.gguf", "--type", "Q8_0", "--via", "f16") == 0
+    assert (tmp_path / "mmproj-q.gguf").read_bytes() == (tmp_path / "mmproj-plain.gguf").read_bytes()
+    assert quantize(folder, "-o", tmp_path / "r.gguf", "--type", "Q8_0", "--no-mmproj") == 0
+    assert not (tmp_path / "mmproj-r.gguf").exists()
+
+
+def test_the_embedded_model_still_answers(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import shapes_world as world
+
+    folder = ROOT / "models" / "ernie-4.5-vl-tiny"
+    assert quantize(folder, "-o", tmp_path / "tiny.gguf", "--type", "Q6_K") == 0
+    rng, n_right, n = random.Random(4_000_000_007), 0, 0
+    with Llama(tmp_path / "tiny.gguf", n_ctx=4096, n_threads=1) as llm:
+        while n < 8:
+            scene = world.random_scene(rng)
+            asked = world.ask(scene, rng.choice(("what", "many", "colour", "where", "there")), rng)
+            if asked is not None:
+                content = [{"type": "image", "image": world.draw_scene(scene)}, {"type": "text", "text": asked[0]}]
+                reply = llm.create_chat_completion([{"role": "user", "content": content}], temperature=0, max_tokens=96)
+                n_right += reply["choices"][0]["message"]["content"] == asked[1]
+                n += 1
+    assert n_right >= 7
+
+
+# ---- sizes and plans
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gguf", "folder"])
+def test_a_size_is_met_with_all_that_belongs_to_it(
+    kind: str, model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(np.random.default_rng(7).choice(words, 3000)) + "\n")
+    out, size = tmp_path / "sized.gguf", int(model.stat().st_size * 0.42)
+    given = model if kind == "gguf" else folder
+    more = [] if kind == "gguf" else ["--via", "bf16"]
+    code = quantize(given, "-o", out, "--size", size, "-f", text, "--types", "Q4_K,Q6_K,Q8_0", *more)
+    assert code == 0, capsys.readouterr().err
+    assert size * 0.995 <= out.stat().st_size <= size
+    assert {path.name.removeprefix("sized") for path in tmp_path.glob("sized*") if path.is_file()} >= {
+        ".gguf", ".recipe.txt", ".plan.json", ".plan.md", ".imatrix.gguf",
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*")) and not list(tmp_path.glob("*.part*"))
+    if kind == "gguf":
+        again = tmp_path / "again.gguf"
+        plan, imatrix = tmp_path / "sized.plan.json", tmp_path / "sized.imatrix.gguf"
+        assert quantize(model, "-o", again, "--plan", plan, "--imatrix", imatrix) == 0
+        assert again.read_bytes() == out.read_bytes()
+        assert quantize(model, "-o", tmp_path / "x.gguf", "--plan", plan) != 0
+        assert "made with another importance matrix" in capsys.readouterr().err
+
+
+# ---- what stands in the way
+
+
+def test_a_dry_run_says_the_size_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    assert quantize(model, "-o", out, "--type", "Q4_K_M", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "BF16 -> Q6_K" in text
+    assert quantize(model, "-o", out, "--type", "Q4_K_M") == 0
+    assert f", {out.stat().st_size} bytes" in text
+
+
+def test_hostile_input_is_one_line_and_leaves_no_file(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.gguf").write_bytes(model.read_bytes()[:-4000])
+    (tmp_path / "text.gguf").write_text("no model at all")
+    (tmp_path / "broken.json").write_text("{}")
+    out = ("-o", tmp_path / "out.gguf")
+    cases: list[tuple[int, str, list[object]]] = [
+        (4, "cut short", [tmp_path / "short.gguf", "--type", "Q4_K_M"]),
+        (4, "is not a GGUF file", [tmp_path / "text.gguf", "--type", "Q4_K_M"]),
+        (4, "no model file at", [tmp_path / "none.gguf", "--type", "Q4_K_M"]),
+        (4, "no importance matrix at", [model, "--type", "IQ2_S", "--imatrix", tmp_path / "none.gguf"]),
+        (1, "an importance matrix is needed", [model, "--type", "IQ2_S", "--imatrix", model]),
+        (1, "needs importance data", [model, "--type", "IQ2_S"]),
+        (1, "is not known; presets are", [model, "--type", "Q9_K"]),
+        (1, "not a plan", [model, "--plan", tmp_path / "broken.json"]),
+        (4, "config.json", [tmp_path, "--type", "Q4_K_M"]),
+        (1, "is not a folder", [model, "--type", "Q4_K_M", "-o", tmp_path / "none" / "out.gguf"]),
+        (2, "must end in .gguf", [model, "--type", "Q4_K_M", "-o", tmp_path / "out.bin"]),
+        (2, "--threads is a positive", [model, "--type", "Q4_K_M", "--threads", 0]),
+        (2, "--min, --max and --types go with", [model, "--type", "Q4_K_M", "--max", "attn=Q4_K"]),
+    ]
+    for code, text, words in cases:
+        assert quantize(*out, *words) == code, words
+        assert text in said(capsys)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    words = [model, "-o", out, "--type", "CCQ2_75", "--threads", 1]
+    command = [sys.executable, "-P", "-m", "pyllamaernie", "quantize", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "out.gguf.part.journal"
+    while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.count("\n") == 1 and "the same command goes on from there" in text and "interrupted at " in text
+    assert not out.exists() and (tmp_path / "out.gguf.part").exists()
+    # a job with other types does not mind what lies there
+    assert quantize(model, "-o", out, "--type", "Q8_0") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.recipe.txt"]
