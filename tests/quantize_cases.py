@@ -232,6 +232,7 @@ class Library:
         if child == 0:
             try:
                 begin_child(os.devnull, SECONDS)
+                self.lib.ggml_log_set(None, None)  # else the package's own, if that has been imported
                 data = self.quantize(type_id, rows, imatrix)
                 answer = b"E" + self.check(type_id, rows, imatrix).encode() if data is None else b"D" + data.tobytes()
                 with os.fdopen(write, "wb") as pipe:

@@ -242,6 +242,7 @@ def quantize(
     """
     library.lib.ggml_quantize_init(IDS[type_name])
     lib = programs.folder().parent / "lib"
+    llama = ctypes.CDLL(str(next(lib.glob("libllama-ernie.*"))))
     main = ctypes.CDLL(str(next(lib.glob("*llama-quantize-impl*"))))._Z14llama_quantizeiPPc
     words = ["llama-quantize", "--tensor-type", f"ffn_down_exps={type_name.lower()}"]
     words += ["--imatrix", str(weights)] if weights else []
@@ -252,6 +253,7 @@ def quantize(
         code = 99
         try:
             quantize_cases.begin_child(log, SECONDS)
+            llama.llama_log_set(None, None)  # else the package's own, if that has been imported
             code = main(len(words), (ctypes.c_char_p * (len(words) + 1))(*(word.encode() for word in words), None))
             ctypes.CDLL(None).fflush(None)
         finally:

@@ -6,6 +6,7 @@
 #include "bindings.h"
 
 #include "ggml.h"
+#include "pyllamaernie-quantize.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -134,8 +136,11 @@ static py::array_t<uint8_t> quantize(int type_id, int source_id, const array_in<
         const int64_t n = std::min(step, n_rows - row);
         to_float(source, src + row*source_bytes, buffer.data(), n*n_cols);
         require_finite(ggml_type_name(type), buffer.data(), n*n_cols, n_cols, first_row + row);
-        ggml_quantize_chunk(type, buffer.data(), dst + row*row_bytes, 0, n, n_cols, weights);
-        if (!ggml_validate_row_data(type, dst + row*row_bytes, (size_t) n*row_bytes)) {
+        float limit; // to which values were clamped
+        if (ggml_quantize_chunk_clamped(type, buffer.data(), dst + row*row_bytes, 0, n, n_cols, weights, &limit) == 0) {
+            throw std::bad_alloc(); // anything else was refused above
+        }
+        if (std::isfinite(limit) || !ggml_validate_row_data(type, dst + row*row_bytes, (size_t) n*row_bytes)) {
             const float * x = buffer.data();
             const int64_t i = std::max_element(x, x + n*n_cols,
                     [](float a, float b) { return std::fabs(a) < std::fabs(b); }) - x;

@@ -21,6 +21,18 @@ GGML_API bool ggml_quantize_check(
                   char * text,
                 size_t   size);
 
+// ggml_quantize_chunk, which clamps values that the type cannot hold, and says so in the log; here `limit` tells instead:
+// the least magnitude that any row was clamped to, infinity where none was.
+GGML_API size_t ggml_quantize_chunk_clamped(
+        enum ggml_type   type,
+           const float * src,
+                  void * dst,
+               int64_t   start,
+               int64_t   nrows,
+               int64_t   n_per_row,
+           const float * imatrix,
+                 float * limit);
+
 #ifdef __cplusplus
 }
 #endif
