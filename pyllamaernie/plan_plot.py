@@ -22,9 +22,9 @@ def draw_all(plan: ModelPlan, planner: Planner, curve: Sequence[tuple[int, float
         _save(_sizes(plan, curve), out["Size against KL"])
         out["Bits by layer and role"] = stem.with_name(f"{stem.name}.bits.svg")
         _save(_bits(plan, planner), out["Bits by layer and role"])
-        if planner.runs:
+        if plan.runs:
             out["Predicted against measured"] = stem.with_name(f"{stem.name}.predicted.svg")
-            _save(_predicted(planner), out["Predicted against measured"])
+            _save(_predicted(plan), out["Predicted against measured"])
     return out
 
 
@@ -84,10 +84,10 @@ def _bits(plan: ModelPlan, planner: Planner) -> Figure:
     return figure
 
 
-def _predicted(planner: Planner) -> Figure:
+def _predicted(plan: ModelPlan) -> Figure:
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    predicted, measured = (np.array(x) for x in zip(*planner.runs, strict=True))
+    predicted, measured = (np.array(x) for x in zip(*plan.runs, strict=True))
     ends = [min(predicted.min(), measured.min()) / 1.2, max(predicted.max(), measured.max()) * 1.2]
     axes.loglog(predicted, measured, "o", color=OURS, alpha=0.7)
     axes.loglog(ends, ends, color="0.6", linestyle="--", linewidth=1)

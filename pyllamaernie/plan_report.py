@@ -65,7 +65,8 @@ def report_text(plan: ModelPlan, planner: Planner, curve: Sequence[tuple[int, fl
         f"{plan.size_bytes} bytes of {plan.budget_bytes} allowed ({plan.budget_bytes - plan.size_bytes} unused), "
         f"{plan.bpw:.3f} bits per weight.",
         f"The plan is {'ours' if plan.source == 'solved' else plan.source}. Mean KL: "
-        f"{_number(plan.kl_measured)} measured ({unit}), {_number(plan.kl_predicted)} predicted for the first plan.",
+        f"{_number(plan.kl_measured)} measured ({unit}).",
+        *([_first_run(plan)] if plan.runs else []),
         f"Solver: {'proven optimal for these losses' if plan.solved.optimal else f'within {plan.solved.gap:.3%}'}.",
     ]
     lines += ["", *(f"- {note}" for note in plan.notes)]
@@ -80,6 +81,14 @@ def report_text(plan: ModelPlan, planner: Planner, curve: Sequence[tuple[int, fl
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
     lines += ["", "## Making the file", "", *_commands(plan), ""]
     return "\n".join(lines)
+
+
+def _first_run(plan: ModelPlan) -> str:
+    predicted, measured = plan.runs[0]
+    return (
+        f"{len(plan.runs)} plans were run; for the first one {_number(predicted)} was predicted and "
+        f"{_number(measured)} measured."
+    )
 
 
 def _number(value: float | None) -> str:

@@ -40,7 +40,7 @@ from pyllamaernie.quant.plan_table import (
     scaled,
     solver_table,
 )
-from pyllamaernie.quant.source import ModelSource, gguf_source
+from pyllamaernie.quant.source import ModelSource, Weights, gguf_source
 from pyllamaernie.quant.stock import stock_types
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class ModelPlan:
 
     `kl_predicted` and `kl_measured` are on the selection data, None where nothing ran. `size_bytes` is the whole file.
     `source` says what the plan is: "solved", or the name of the baseline that was better. `notes` is for people.
+    `runs`: (predicted, measured KL) of every solved plan that ran; the first is that of the first curves.
     """
 
     model: str
@@ -86,6 +87,7 @@ class ModelPlan:
     curves: Mapping[str, Curve]
     notes: tuple[str, ...]
     solved: budget.Plan
+    runs: tuple[tuple[float, float], ...] = ()
 
     @property
     def bpw(self) -> float:
@@ -117,6 +119,7 @@ class ModelPlan:
             fields["curves"] = {label: Curve(**c) for label, c in fields["curves"].items()}
             fields["baselines"] = tuple(Baseline(**b) for b in fields["baselines"])
             fields["notes"] = tuple(fields["notes"])
+            fields["runs"] = tuple((a, b) for a, b in fields.get("runs", ()))
             return cls(**fields)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"not a plan: {error}; `pyllamaernie plan` makes one") from None
@@ -131,6 +134,7 @@ N_TRIALS = 8  # plans from varied curves that are run as well
 SPREAD = 0.25  # of the logarithm of a curve, when it is varied
 N_CHUNKS_PROBE = 4
 PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q6_K", "Q8_0")  # whose encoders are fast
+N_KEYS_BYTES = 1024  # what our keys take at most in a file's header
 HIGHER = 1.5  # bits between the two probes of a group
 
 
@@ -194,8 +198,8 @@ class Planner:
         self.importance: Importance | None = importance if given else read_importance(importance)  # type: ignore[assignment,arg-type]
         self.rules, self.baselines, self.n_trials, self.seed = tuple(rules), baselines, n_trials, seed
         self.n_params = sum(math.prod(w.shape) for w in self.source.weights)
-        self.notes: list[str] = []
-        self.runs: list[tuple[float, float]] = []  # (predicted, measured KL) of every plan that was solved and run
+        self._close: list[str] = []
+        self.runs: list[tuple[float, float]] = []  # see ModelPlan
         self._known: dict[str, dict[str, str]] | None = None
         self._bar = _Bar(progress)
         n_threads = n_threads or n_cpu()
@@ -209,6 +213,7 @@ class Planner:
                 cache=cache,
                 on_tensor=lambda done, total: step(),
             )
+        self.header = header_bytes(self.source, self.importance, {})
         self.items = items_of(quantizable_names(self.source))
         self.groups = groups_of(self.items, each=probe == "each")
         self.probe: Probe | None = None
@@ -241,17 +246,22 @@ class Planner:
         """Bytes of a file whose tensors have so many bits per weight."""
         if not bpw > 0:
             raise InputError(f"bpw is a positive number, got {bpw}")
-        return header_bytes(self.source, self.importance, {}) + int(bpw * self.n_params / 8)
+        return self.header + int(bpw * self.n_params / 8)
 
     def solve(self, curves: Mapping[str, Curve], size_bytes: int) -> budget.Plan:
         """The best choice for a size by these curves; nothing is run. Raises: BudgetError, InputError."""
-        return self._solve(curves, size_bytes, header_bytes(self.source, self.importance, {}))
+        return self._solve(curves, size_bytes, self.header)
+
+    def size_with(self, types: Mapping[str, str]) -> int:
+        """Bytes of the file with these types; what has none keeps its own."""
+        return self.header + sum(_stored(w, types.get(w.name, w.type)) for w in self.source.weights)
 
     # ---- one size
 
     def plan(self, size_bytes: int) -> ModelPlan:
         """The best plan for a file of at most this size. Raises: BudgetError, InputError."""
-        header = header_bytes(self.source, self.importance, {})
+        header = self.header
+        self._close, self.runs = [], []
         bits = 8 * (size_bytes - header) / self.n_params
         curves = self._curves(bits)
         solved = self._solve(curves, size_bytes, header)
@@ -282,8 +292,9 @@ class Planner:
             kl_measured=measured,
             baselines=tuple(found),
             curves=curves,
-            notes=tuple(self._notes(source, predicted, measured)),
+            notes=tuple(self._notes(source)),
             solved=solved,
+            runs=tuple(self.runs),
         )
 
     def _solve(self, curves: Mapping[str, Curve], size_bytes: int, header: int) -> budget.Plan:
@@ -296,8 +307,7 @@ class Planner:
         rows = []
         for w in self.source.weights:
             t = types.get(w.name, w.type)
-            n_bytes = w.n_bytes if t == w.type else TYPES[t].row_bytes(w.n_cols) * w.n_rows
-            candidate = budget.Candidate(t, -(-n_bytes // budget.ALIGNMENT) * budget.ALIGNMENT, 0.0)
+            candidate = budget.Candidate(t, _stored(w, t), 0.0)
             rows.append(budget.Tensor(w.name, math.prod(w.shape), (candidate,), is_quantizable(w)))
         return budget.solve(rows, size_bytes, fixed_bytes=header)
 
@@ -401,7 +411,7 @@ class Planner:
 
         The preset one size up is run as well, for the report.
         """
-        known = [(file_bytes(self.source, self.importance, t), name, t) for name, t in self.known_plans().items()]
+        known = [(self.size_with(types), name, types) for name, types in self.known_plans().items()]
         known.sort(key=lambda row: (-row[0], row[1]))
         kept = []
         for kind in ("stock", "all"):
@@ -417,6 +427,11 @@ class Planner:
                 if fits and kl < (better[2] if better else measured):
                     better = (name, types, kl)
                 step()
+        for b in found:
+            # llama-quantize writes fewer keys than we do, so a preset's own size may be too small for its own types
+            if b.kl is not None and measured is not None and size_bytes < b.size_bytes <= size_bytes + N_KEYS_BYTES:
+                if b.kl < measured:
+                    self._close.append(f"{b.name} would be better and takes {b.size_bytes - size_bytes} bytes more")
         return found, better
 
     def known_plans(self) -> dict[str, dict[str, str]]:
@@ -443,20 +458,23 @@ class Planner:
         self._known = out
         return out
 
-    def _notes(self, source: str, predicted: float | None, measured: float | None) -> list[str]:
-        notes = list(self.notes)
+    def _notes(self, source: str) -> list[str]:
+        notes = list(self._close)
         if source != "solved":
             notes.append(f"{source} was better than every plan that was solved and is used instead")
         if self.probe is None:
             notes.append("nothing was run: losses are guessed from other models; give a text to measure them")
-        elif source == "solved" and predicted and measured and not 0.5 <= measured / predicted <= 2:
-            notes.append(
-                f"the first plan's predicted KL of {predicted:.4g} is far from the best plan's {measured:.4g}: "
-                "losses do not add at this size, so trust the measured figure"
-            )
+        elif self.runs and not 0.5 <= self.runs[0][1] / self.runs[0][0] <= 2:
+            notes.append("losses do not add at this size: trust the measured KL, not those expected of other sizes")
         if self.importance is None:
             notes.append("no importance matrix: every column counts alike, and types below three bits are left out")
         return notes
+
+
+def _stored(weights: Weights, type_name: str) -> int:
+    """Bytes of a tensor in the file, with its padding."""
+    n = weights.n_bytes if type_name == weights.type else TYPES[type_name].row_bytes(weights.n_cols) * weights.n_rows
+    return -(-n // budget.ALIGNMENT) * budget.ALIGNMENT
 
 
 class _Bar:

@@ -38,6 +38,7 @@ N_LOGITS = 2**28  # of the reference are kept: 1 GiB; with more rows than that, 
 FAST_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"}) | {
     *("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")
 }
+N_MEDIA_BYTES = 2**29  # of encoded pictures are kept; those beyond are encoded for every run
 CACHE_SHARE = 0.25  # of the free memory, for decoded weights that may be wanted again
 
 
@@ -71,6 +72,7 @@ class Probe:
         self.n_runs = 0
         self.n_threads = n_threads or n_cpu()
         self._cache: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self._media: dict[int, tuple[Any, np.ndarray]] = {}  # preprocessed and encoded pictures by their number
         self._cache_bytes = int(free_memory_bytes() * CACHE_SHARE)
         header = read_header(source.path)
         projector = find_projector(header, mmproj) if pictures else None
@@ -137,9 +139,24 @@ class Probe:
             count(self.model.rows(chunk, 0)[:-1])
         if keep is not None and n_chunks is not None:
             out += [np.zeros(0)] * (len(self.chunks) - len(out))
-        for prompt, answer in self.prompts:
-            count(self.model.rows([*prompt.behind, *answer], self.model.start(prompt)))
+        for number, (prompt, answer) in enumerate(self.prompts):
+            count(self.model.rows([*prompt.behind, *answer], self._start(number, prompt)))
         return out
+
+    def _start(self, number: int, prompt: Any) -> int:
+        """Decode a prompt up to and including its picture, which is encoded once; the position behind it."""
+        model = self.model
+        if number not in self._media:
+            chunk = model.call(model.session.tokenize_image, model.llm._image(prompt.source).rgb)
+            embd = model.call(model.session.encode, chunk)
+            if sum(kept.nbytes for _, kept in self._media.values()) + embd.nbytes > N_MEDIA_BYTES:
+                return model.start(prompt)
+            self._media[number] = chunk, embd
+        chunk, embd = self._media[number]
+        model.session.clear()
+        model.rows(prompt.before, 0)
+        model.call(model.session.decode_media, chunk, embd, len(prompt.before))
+        return len(prompt.before) + chunk.n_pos
 
     # ---- tensors
 
