@@ -21,7 +21,7 @@ from pyllamaernie.errors import EXIT_USAGE, InputError
 from pyllamaernie.expert_scores import SCORES, Importance, Ranking, expert_scores, read_importance, removed_mass
 from pyllamaernie.prune_probe import BAND, N_CHUNKS, refine
 from pyllamaernie.samples import QUESTION, folder_pictures
-from pyllamaernie.slice_model import PLAN_FORMAT, SOFTMAX, SliceResult, show, slice_model
+from pyllamaernie.slice_model import PLAN_FORMAT, SOFTMAX, SliceResult, check_output, show, slice_model
 from pyllamaernie.slice_source import Source, open_source
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def prune(
     Raises: as `rank_experts` and `slice_model`. No file is left then.
     """
     source = open_source(model)
+    check_output(source, Path(output), overwrite)
     rankings = rank_experts(source, imatrix, keep=keep, ratio=ratio, score=score, top_k=top_k, force=force)
     if probe is not None or pictures:
         rankings, before, after = refine(
@@ -260,8 +261,8 @@ copied byte for byte, in every type. Measure on text that is not the calibration
 scores; g is the weight that a token gives to an expert, y the expert's output (default: {DEFAULT})
 {_LIST}
 All but count, energy and norm need an importance matrix of `pyllamaernie imatrix`. Removing a quarter of the experts by
-output cost the trained models that we measured 0.57 and 0.20 of the KL of removing them by count (docs/prune.md); no
-score is best for every model, `pyllamaernie compare` tells. Experts that no token of the calibration text reached go first. An
+output cost the two trained models that we have 0.57 and 0.20 of the KL of removing them by count (docs/prune.md); no
+score is best for every model, and `pyllamaernie compare` tells. Experts that no calibration token reached go first. An
 expert whose largest output is {SUPER} times the layer's median stays, and {PER_TOKEN} experts for each one that a token
 uses; --force insists.
 
@@ -299,6 +300,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.score not in SCORES:
         print(f"pyllamaernie prune: --score is one of {', '.join(SCORES)}, got {args.score}", file=sys.stderr)
+        return EXIT_USAGE
+    if args.threads is not None and args.threads < 1:
+        print(f"pyllamaernie prune: --threads is a positive whole number, got {args.threads}", file=sys.stderr)
         return EXIT_USAGE
     if args.plan is not None and not Path(args.plan).absolute().parent.is_dir():
         raise InputError(f"{Path(args.plan).parent} is not a folder")  # before the work, not after it

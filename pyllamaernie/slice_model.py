@@ -100,10 +100,7 @@ def slice_model(
 
     source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{output.parent} is not a folder")
-    if output.exists() and (not overwrite or output.samefile(source.path)):
-        raise InputError(f"{output} exists; choose another name or allow overwriting")
+    check_output(source, output, overwrite)
     order = _layer_order(source, layers)
     kept = _kept_experts(source, experts)
     n_expert = _n_expert(source, kept)
@@ -136,6 +133,14 @@ def slice_model(
     ]
     sizes = source.path.stat().st_size, output.stat().st_size
     return SliceResult(output, *sizes, len(order), n_expert, n_used, tuple(warnings))
+
+
+def check_output(source: Source, output: Path, overwrite: bool) -> None:
+    """Raises: InputError where no file may be written."""
+    if not output.absolute().parent.is_dir():
+        raise InputError(f"{output.parent} is not a folder")
+    if output.exists() and (not overwrite or output.samefile(source.path)):
+        raise InputError(f"{output} exists; choose another name or allow overwriting")
 
 
 def slice_preset(

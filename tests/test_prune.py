@@ -398,6 +398,7 @@ def test_verb_prunes_and_says_what_it_did(imatrices: dict[str, Path], tmp_path: 
         (["--keep", 4, "--score", "reap"], 1, "--force"),
         (["--keep", 4, "--plan", "none/plan.json"], 1, "is not a folder"),
         (["--keep", 6], 1, "exists"),
+        (["--keep", 6, "--threads", 0], 2, "--threads"),
     ]:
         done = verb(*words)
         assert (done.returncode, done.stdout) == (code, "") and match in done.stderr, (words, done.stderr)
