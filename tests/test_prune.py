@@ -395,7 +395,7 @@ def test_verb_prunes_and_says_what_it_did(imatrices: dict[str, Path], tmp_path: 
         ([], 2, "--keep"),
         (["--keep", 4, "--ratio", 0.5], 2, "not allowed"),
         (["--keep", 4, "--score", "best"], 2, "reap_sum, output, got best"),
-        (["--keep", 4, "--score", "reap"], 1, "--force"),
+        (["--keep", 4, "--score", "reap", "--overwrite"], 1, "--force"),
         (["--keep", 4, "--plan", "none/plan.json"], 1, "is not a folder"),
         (["--keep", 6], 1, "exists"),
         (["--keep", 6, "--threads", 0], 2, "--threads"),
