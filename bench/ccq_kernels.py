@@ -2,8 +2,9 @@
 
     python bench/ccq_kernels.py
 
-Calls the vec_dot functions of the installed package's ggml, on rows of 2560 weights that stay in the cache; the best of
-several rounds that take turns, in CPU time of the thread. Needs gcc for the loop around the calls.
+Calls what the installed package's ggml calls for a token: vec_dot of its own types, 16 rows at a time of ours. Rows of
+2560 weights that stay in the cache; the best of several rounds that take turns, in CPU time of the thread. Needs gcc
+for the loop around the calls.
 """
 
 from __future__ import annotations
@@ -35,16 +36,22 @@ LOOP = r"""
 #include <stddef.h>
 #include <time.h>
 typedef void (*dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
-double best_ns(dot f, int n, const char * x, size_t row_bytes, const void * y, int n_rows, int n_reps) {
+typedef _Bool (*dot_rows)(int, int, float *, const void *, size_t, int, const void *);
+double best_ns(void * function, int ccq_id, int n, const char * x, size_t row_bytes, const void * y,
+               int n_rows, int n_reps) {
     volatile float sink;
     double best = 1e18;
     for (int r = 0; r < n_reps; r++) {
         struct timespec a, b;
-        float s;
+        float s[16];
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &a);
-        for (int i = 0; i < n_rows; i++) {
-            f(n, &s, 0, x + i*row_bytes, 0, y, 0, 1);
-            sink = s;
+        for (int i = 0; i < n_rows; i += ccq_id ? 16 : 1) {
+            if (ccq_id) {
+                ((dot_rows) function)(ccq_id, n, s, x + i*row_bytes, row_bytes, 16, y);
+            } else {
+                ((dot) function)(n, s, 0, x + i*row_bytes, 0, y, 0, 1);
+            }
+            sink = s[0];
         }
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &b);
         double ns = (b.tv_sec - a.tv_sec)*1e9 + (b.tv_nsec - a.tv_nsec);
@@ -64,7 +71,8 @@ def load_loop(folder: Path) -> ctypes.CDLL:
     loop = ctypes.CDLL(str(library))
     loop.best_ns.restype = ctypes.c_double
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    loop.best_ns.argtypes = [pointer, ctypes.c_int, pointer, size, pointer, ctypes.c_int, ctypes.c_int]
+    number = ctypes.c_int
+    loop.best_ns.argtypes = [pointer, number, number, pointer, size, pointer, number, number]
     return loop
 
 
@@ -100,16 +108,17 @@ def main() -> int:
         loop = load_loop(Path(folder))
         for _ in range(args.rounds):
             for name, quantized in rows.items():
-                dot = ctypes.cast(getattr(cpu, f"ggml_vec_dot_{name}_q8_K"), pointer)
-                n_reps = 2 if name == "ccq2_b" else 30  # the portable path alone, some ten times slower
+                ours = TYPES[name][0] >= 112
+                function = cpu.ggml_ccq_dot_rows if ours else getattr(cpu, f"ggml_vec_dot_{name}_q8_K")
                 ns = loop.best_ns(
-                    dot,
+                    ctypes.cast(function, pointer),
+                    TYPES[name][0] if ours else 0,
                     N_PER_ROW,
                     quantized.ctypes.data,
                     quantized.shape[1],
                     activations.ctypes.data,
                     N_ROWS,
-                    n_reps,
+                    30,
                 )
                 best[name] = min(best[name], ns)
     print(f"{'type':10}{'bytes per 256':>14}{'ns per 256':>12}{'to IQ2_XXS':>12}")

@@ -1,12 +1,16 @@
 """Tokens per second of CCQ types beside ggml's of the same size, at the shapes of ERNIE-4.5-21B-A3B.
 
     python bench/ccq_speed.py
-    python bench/ccq_speed.py --types CCQ2 IQ2_XXS --layers 2 --rounds 5
+    python bench/ccq_speed.py --types CCQ2 IQ2_XXS Q2_K --rounds 9
+    python bench/ccq_speed.py --busy              where others take turns on the cores
 
 Writes one GGUF per type with random blocks (the first layer dense, the rest MoE; embeddings, which are the output
 matrix too, in Q6_K; routers in F32) and runs llama-bench of the installed package on them in turns, so that ratios
 hold on a busy machine. The limit is what the read bandwidth of the machine, measured in the same rounds, allows for the
 bytes that one token reads. All types with 8 layers need 17 GB of disk, and memory for two files; gcc for the bandwidth.
+
+With --busy one thread works, and llama-bench is shown its processor time instead of the clock: tokens per second of a
+core that nobody else uses, but for the caches and the memory.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -59,13 +64,14 @@ static void * read_all(void * arg) {
     for (int k = 0; k < 16; k++) j->sum += s[k];
     return NULL;
 }
-double gigabytes_per_second(int n_threads, size_t n_bytes) {
+double gigabytes_per_second(int n_threads, size_t n_bytes, int busy) {
     uint64_t * data = malloc(n_bytes);
     memset(data, 1, n_bytes);
     job jobs[64] = { 0 };
     pthread_t threads[64];
     struct timespec a, b;
-    clock_gettime(CLOCK_MONOTONIC, &a);
+    const clockid_t clock = busy ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC;
+    clock_gettime(clock, &a);
     for (int t = 0; t < n_threads; t++) {
         const size_t n = n_bytes/8/n_threads/16*16;
         jobs[t] = (job) { data + t*n, n, 0 };
@@ -76,20 +82,36 @@ double gigabytes_per_second(int n_threads, size_t n_bytes) {
         pthread_join(threads[t], NULL);
         sum += jobs[t].sum;
     }
-    clock_gettime(CLOCK_MONOTONIC, &b);
+    clock_gettime(clock, &b);
     free(data);
     return sum == 0 ? 0 : n_bytes/((b.tv_sec - a.tv_sec)*1e9 + (b.tv_nsec - a.tv_nsec));
 }
 """
 
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t id, struct timespec * t) {
+    (void) id;
+    return syscall(SYS_clock_gettime, CLOCK_PROCESS_CPUTIME_ID, t);
+}
+"""
+
+
+def compile_c(source: str, library: Path) -> Path:
+    """A shared library made of the source."""
+    library.with_suffix(".c").write_text(source)
+    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+    subprocess.run(["gcc", *flags, "-o", library, library.with_suffix(".c")], check=True)
+    return library
+
 
 def load_reader(folder: Path) -> ctypes.CDLL:
     """The bandwidth measurement, compiled."""
-    (folder / "read.c").write_text(READ)
-    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
-    subprocess.run(["gcc", *flags, "-o", folder / "read.so", folder / "read.c"], check=True)
-    reader = ctypes.CDLL(str(folder / "read.so"))
-    reader.gigabytes_per_second.argtypes = [ctypes.c_int, ctypes.c_size_t]
+    reader = ctypes.CDLL(str(compile_c(READ, folder / "read.so")))
+    reader.gigabytes_per_second.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
     reader.gigabytes_per_second.restype = ctypes.c_double
     return reader
 
@@ -180,11 +202,13 @@ def write_model(path: Path, kind: TensorType, n_layers: int) -> None:
     writer.close()
 
 
-def run_bench(model: Path, args: argparse.Namespace) -> dict[str, float]:
+def run_bench(model: Path, args: argparse.Namespace, clock: Path) -> dict[str, float]:
     """Tokens per second of one run of llama-bench."""
-    command = [str(programs.path("llama-bench")), "-m", str(model), "-o", "jsonl", "-r", "1", "-t", str(args.threads)]
+    n_threads = 1 if args.busy else args.threads
+    command = [str(programs.path("llama-bench")), "-m", str(model), "-o", "jsonl", "-r", "1", "-t", str(n_threads)]
     command += ["-p", str(args.prompt), "-n", str(args.tokens), *args.bench]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = {**os.environ, "LD_PRELOAD": str(clock)} if args.busy else None
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
 
@@ -199,6 +223,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="turns of every type; medians are shown (default: 5)")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default: 256)")
     parser.add_argument("--tokens", type=int, default=24, help="tokens that are decoded (default: 24)")
+    parser.add_argument("--busy", action="store_true", help="processor time of one thread, not the clock")
     parser.add_argument("--folder", type=Path, help="keeps the models here, and uses those that are there")
     parser.add_argument("--bench", nargs=argparse.REMAINDER, default=[], help="the rest goes to llama-bench")
     args = parser.parse_args()
@@ -214,10 +239,11 @@ def main() -> int:
                 partial.rename(path)
         speeds = {name: {"decode": [], "prefill": []} for name in args.types}
         bandwidths = []
+        clock = compile_c(CLOCK, Path(temporary) / "clock.so")
         for _ in tqdm(range(args.rounds), desc="rounds"):
-            bandwidths.append(reader.gigabytes_per_second(args.threads, 1 << 30))
+            bandwidths.append(reader.gigabytes_per_second(1 if args.busy else args.threads, 1 << 29, args.busy))
             for name, path in models.items():
-                for what, speed in run_bench(path, args).items():
+                for what, speed in run_bench(path, args, clock).items():
                     speeds[name][what].append(speed)
     n_read = {name: n_bytes_read(TensorType[name], args.layers) for name in args.types}
     report(speeds, n_read, statistics.median(bandwidths))

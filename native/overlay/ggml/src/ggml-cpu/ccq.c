@@ -43,6 +43,8 @@ static inline float ccq_scale16(uint8_t d) {
 #include "ccq-avx512.h"
 #elif defined(__AVX2__) && defined(__FMA__)
 #include "ccq-avx2.h"
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#include "ccq-neon.h"
 #else
 #include "ccq-portable.h"
 #endif

@@ -25,7 +25,7 @@ bool ggml_ccq_dot_rows(int id, int n, float * s, const void * x, size_t row_byte
 // d[r] * scales[r*scale_stride + i/32] * (q[r*q_stride + i] - 128).
 void ggml_ccq_unpack_rows(int id, const void * x, size_t row_bytes, int n_rows, float * d, int32_t * scales, int scale_stride, uint8_t * q, int q_stride);
 
-// Which of the paths this was compiled with: "avx512-vbmi", "avx512", "avx2" or "portable".
+// Which of the paths this was compiled with: "avx512-vbmi", "avx512", "avx2", "neon-dotprod", "neon" or "portable".
 const char * ggml_ccq_cpu_path(void);
 
 #ifdef __cplusplus
