@@ -19,10 +19,11 @@ from pyllamaernie.convert import convert
 from pyllamaernie.errors import BudgetError, InputError
 from pyllamaernie.imatrix import compute_imatrix
 from pyllamaernie.plan import parse_size
+from pyllamaernie.quant import native
 from pyllamaernie.quant.budget import Plan as SolverPlan
 from pyllamaernie.quant.budget import Rule
-from pyllamaernie.quant.importance import read_importance
-from pyllamaernie.quant.measure import measure
+from pyllamaernie.quant.importance import Importance, read_importance
+from pyllamaernie.quant.measure import is_quantizable, measure
 from pyllamaernie.quant.native import TYPES
 from pyllamaernie.quant.plan import ModelPlan, Planner, make_plan
 from pyllamaernie.quant.plan_table import Curve, Item, fit_curve, groups_of, items_of
@@ -275,29 +276,38 @@ def test_better_preset_is_shipped_and_said(runner: Planner, monkeypatch: pytest.
 # ---- planted truths
 
 
-def scaled_columns(source: ModelSource, layer: int, sigma: float, seed: int) -> ModelSource:
-    """The same function with one `down` that is hard to quantize: rows of `up` times s, columns of `down` over s."""
-    rng = np.random.default_rng(seed)
+def scaled_columns(source: ModelSource, layer: int, sigma: float, seed: int) -> tuple[ModelSource, Importance]:
+    """The same function with one `down` that is hard to quantize: rows of `up` times s, columns of `down` over s.
+
+    Its inputs are then s times as large; the importance matrix says so, and knows nothing else.
+    """
+    up, down = (f"blk.{layer}.ffn_{part}_exps.weight" for part in ("up", "down"))
+    quantizable = [w for w in source.weights if is_quantizable(w)]
+    columns = {w.name: np.ones((w.n_matrices, w.n_cols), np.float32) for w in quantizable}
+    counts = {w.name: np.full(w.n_matrices, 100) for w in quantizable}
+    s = np.random.default_rng(seed).lognormal(0, sigma, columns[down].shape).astype(np.float32)
+    columns[down] = s * s
     out = []
     for w in source.weights:
-        role = {f"blk.{layer}.ffn_up_exps.weight": 1, f"blk.{layer}.ffn_down_exps.weight": -1}.get(w.name)
-        if role is None:
-            out.append(w)
-            continue
-        data = np.concatenate([p.load() for p in w.pieces()])
-        values = np.ascontiguousarray(data).view(np.float32 if w.type == "F32" else np.float16).astype(np.float32)
-        values = values.reshape(w.shape)
-        s = rng.lognormal(0, sigma, (w.shape[0], values.shape[1] if role > 0 else values.shape[2])).astype(np.float32)
-        rng = np.random.default_rng(seed)  # the same s for both
-        values = values * s[:, :, None] if role > 0 else values / s[:, None, :]
-        flat = values.reshape(-1, values.shape[-1])
+        if w.name in (up, down):
+            data = np.concatenate([p.load() for p in w.pieces()])
+            values = native.dequantize(w.type, data, w.n_cols).reshape(w.shape)
+            w = in_memory(w.name, values * s[:, :, None] if w.name == up else values / s[:, None, :])
+        out.append(w)
+    fingerprint = f"{source.fingerprint} {layer} {sigma} {seed}"
+    importance = Importance(Path("imatrix.gguf"), columns, counts, (), 1)
+    return ModelSource(source.path, source.arch, source.keys, out, fingerprint), importance
 
-        def pieces(flat: np.ndarray = flat, rows: int = w.rows_per_matrix) -> Iterator[Piece]:
-            for i in range(0, len(flat), rows):
-                yield Piece(i, rows, lambda i=i: np.ascontiguousarray(flat[i : i + rows]).view(np.uint8))
 
-        out.append(Weights(w.name, w.shape, "F32", flat.nbytes, pieces))
-    return ModelSource(source.path, source.arch, source.keys, out, f"{source.fingerprint} {seed}")
+def in_memory(name: str, values: np.ndarray) -> Weights:
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1])
+    rows = values.shape[-2]
+
+    def pieces() -> Iterator[Piece]:
+        for i in range(0, len(flat), rows):
+            yield Piece(i, rows, lambda i=i: flat[i : i + rows].view(np.uint8))
+
+    return Weights(name, values.shape, "F32", flat.nbytes, pieces)
 
 
 @pytest.mark.slow
@@ -305,8 +315,9 @@ def scaled_columns(source: ModelSource, layer: int, sigma: float, seed: int) -> 
 @pytest.mark.parametrize("sigma", [0.5, 1.0])
 def test_hard_tensor_gets_more_bits_than_its_peers(model: Path, seed: int, sigma: float) -> None:
     layer = 1 + seed % 3
-    source = scaled_columns(gguf_source(model), layer, sigma, seed)
-    plan = make_plan(source, bpw=5.0, probe="none", types=FAST, baselines=False, n_threads=1)
+    source, importance = scaled_columns(gguf_source(model), layer, sigma, seed)
+    options = {"probe": "none", "types": FAST, "baselines": False, "n_threads": 1}
+    plan = make_plan(source, bpw=5.0, importance=importance, **options)
     bits = {il: TYPES[plan.types[f"blk.{il}.ffn_down_exps.weight"]].bpw for il in (1, 2, 3)}
     assert all(bits[layer] > bits[il] for il in bits if il != layer), bits
 
