@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def make_files(folder: Path, work: Path, presets: list[str], options: dict) -> d
     return out
 
 
+def print_priors(plan: ModelPlan) -> None:
+    """Medians of the probed curves by role, over those of the routed gate and up projections, for plan_table.PRIORS."""
+    by_role: dict[str, list[float]] = {}
+    for label, curve in plan.curves.items():
+        by_role.setdefault(label.split(",")[0], []).append(curve.loss(0.01) / 0.01)
+    unit = statistics.median(by_role["ffn_gate_exps"])
+    for role, values in sorted(by_role.items()):
+        print(f'    "{role}": {statistics.median(values) / unit:.2g},')
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder that bench/text_moe.py made (default: its cache)")
@@ -87,9 +98,13 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--stock-types", action="store_true", help="plan without the CCQ types, for any llama.cpp")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--priors", metavar="PLAN", type=Path, help="only print what this plan's probes say by role")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--write", action="store_true", help="put the table into docs/quantize.md")
     args = parser.parse_args()
+    if args.priors is not None:
+        print_priors(ModelPlan.from_json(args.priors.read_text(encoding="utf-8")))
+        return 0
     if args.model is None:
         from text_moe import cached
 

@@ -22,9 +22,22 @@ N_BINS = 4  # of depth: layers of one role in one bin share a curve
 ERROR_MAX = 1.0  # a type with such an error is worse than a tensor of zeros
 POWER_RANGE = (0.6, 1.6)
 
-# Nats of KL per unit of relative error where the model cannot be run, by role. Only their ratios matter. Medians over
-# the layers of the trained text MoE of bench/text_moe.py (bench/mixed_precision.py --priors prints them).
-PRIORS: dict[str, float] = {}
+# KL per unit of relative error where the model cannot be run, by role; only the ratios matter. Medians of the probes of
+# the text MoE of bench/text_moe.py at two bits, printed by `bench/mixed_precision.py --priors PLAN`. A small model.
+PRIORS = {
+    "attn_k": 3.4,
+    "attn_output": 1.6,
+    "attn_q": 2.7,
+    "attn_v": 2.3,
+    "ffn_down": 6.8,
+    "ffn_down_exps": 0.88,
+    "ffn_down_shexp": 0.42,
+    "ffn_gate": 7.7,  # with its up projection, as below
+    "ffn_gate_exps": 1.0,
+    "ffn_gate_shexp": 1.1,
+    "output": 41.0,
+    "token_embd": 16.0,
+}
 PRIOR = 1.0
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.weight")
