@@ -16,7 +16,7 @@ pytest.importorskip("pyllamaernie._core", reason="the native module is not built
 from pyllamaernie import programs
 from pyllamaernie.cli import main
 from pyllamaernie.convert import convert
-from pyllamaernie.errors import BudgetError, InputError
+from pyllamaernie.errors import BudgetError, InputError, OutOfMemoryError
 from pyllamaernie.imatrix import compute_imatrix
 from pyllamaernie.plan import parse_size
 from pyllamaernie.quant import native
@@ -150,6 +150,15 @@ def test_llama_quantize_takes_every_line_of_the_recipe(guess: Planner, model: Pa
         if name.endswith("weight") and "_norm" not in name and "gate_inp" not in name:
             (line,) = [row for row in (said.stdout + said.stderr).splitlines() if f"] {name} " in row]
             assert f"({type_name.lower()})" in line.lower() or f"type = {type_name.lower()}" in line.lower()
+
+
+def test_model_beyond_the_memory_is_not_run(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyllamaernie.quant.plan.free_memory_bytes", lambda: 1_000_000)
+    options = {"types": ["Q4_0", "Q8_0"], "baselines": False, "n_threads": 1}
+    with pytest.raises(OutOfMemoryError, match="--probe none"):
+        make_plan(model, bpw=6, text=text, probe="groups", **options)
+    plan = make_plan(model, bpw=6, text=text, **options)
+    assert plan.kl_measured is None and any("are free" in note for note in plan.notes)
 
 
 def test_gate_and_up_have_one_type(guess: Planner) -> None:

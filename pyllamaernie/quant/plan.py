@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyllamaernie.errors import InputError, PyllamaernieError, QuantizeError
+from pyllamaernie.compare_table import size_text
+from pyllamaernie.errors import InputError, OutOfMemoryError, PyllamaernieError, QuantizeError
+from pyllamaernie.model import free_memory_bytes
 from pyllamaernie.quant import budget
 from pyllamaernie.quant.importance import Importance, read_importance
 from pyllamaernie.quant.measure import ErrorTable, is_quantizable, measure
@@ -134,6 +136,7 @@ N_TRIALS = 8  # plans from varied curves that are run as well
 SPREAD = 0.25  # of the logarithm of a curve, when it is varied
 N_CHUNKS_PROBE = 4
 PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q6_K", "Q8_0")  # whose encoders are fast
+MEMORY_SHARE = 0.9  # of the free memory may be the model itself
 N_KEYS_BYTES = 1024  # what our keys take at most in a file's header
 HIGHER = 1.5  # bits between the two probes of a group
 
@@ -218,7 +221,14 @@ class Planner:
         self.groups = groups_of(self.items, each=probe == "each")
         self.probe: Probe | None = None
         self._probed: dict[tuple[str, tuple[str, ...]], float] = {}
-        if probe != "none" and (text is not None or pictures):
+        self._standing: list[str] = []
+        n_bytes, free = sum(w.n_bytes for w in self.source.weights), free_memory_bytes()
+        too_large = f"the model takes {size_text(n_bytes)} of memory and {size_text(free)} are free"
+        if n_bytes > MEMORY_SHARE * free and probe in ("groups", "each"):
+            raise OutOfMemoryError(f"{too_large}: it cannot be run for probes; use --probe none")
+        if probe == "auto" and (text is not None or pictures) and n_bytes > MEMORY_SHARE * free:
+            self._standing.append(f"{too_large}, so it was not run")
+        elif probe != "none" and (text is not None or pictures):
             from pyllamaernie.quant.probe import N_CHUNKS, Probe
 
             self.probe = Probe(
@@ -459,11 +469,11 @@ class Planner:
         return out
 
     def _notes(self, source: str) -> list[str]:
-        notes = list(self._close)
+        notes = [*self._standing, *self._close]
         if source != "solved":
             notes.append(f"{source} was better than every plan that was solved and is used instead")
         if self.probe is None:
-            notes.append("nothing was run: losses are guessed from other models; give a text to measure them")
+            notes.append("nothing was run: losses are guessed from another model; give a text to measure them")
         elif self.runs and not 0.5 <= self.runs[0][1] / self.runs[0][0] <= 2:
             notes.append("losses do not add at this size: trust the measured KL, not those expected of other sizes")
         if self.importance is None:
