@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,7 @@ from pyllamaernie.imatrix import compute_imatrix
 from pyllamaernie.prune import prune, rank_experts, report, write_pruned
 from pyllamaernie.prune_probe import refine
 from pyllamaernie.slice_model import read_plan, slice_model
-from pyllamaernie.slice_source import open_source
+from pyllamaernie.slice_source import BIAS_REMOVED, open_source
 
 N_EXPERT, N_USED = 8, checkpoints.SHAPES["moe"].n_expert_used
 PICTURES = [(gguf_models.picture(140, 196, seed=seed), gguf_models.QUESTION) for seed in range(6)]
@@ -167,6 +168,26 @@ def test_wrong_number_of_stored_experts_does_not_load(
         PyllamaernieError, match="wrong shape" if n_stored == 6 else f"expert_stored_count is {n_stored}"
     ):
         Llama(wrong, n_threads=1)
+
+
+def test_biases_that_do_not_say_what_is_removed_do_no_harm(imatrices: dict[str, Path], tmp_path: Path) -> None:
+    """Such a file is wrong, but it must not read weights that are not there."""
+    prune(gguf("moe"), imatrices["moe"], tmp_path / "exact.gguf", keep=5, exact=True, force=True)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        names = [f"blk.{il}.exp_probs_b.bias" for il in (1, 2, 3)]
+        change = {name: rng.choice(np.float32([0, -1e9, 1e9, np.nan]), 8) for name in names} if seed else {}
+        change = change or {name: np.zeros(8, np.float32) for name in names}
+        shapes = {t.name: t.shape for t in _upstream.read_gguf(tmp_path / "exact.gguf")[1]}
+        change = {name: data.reshape(shapes[name]) for name, data in change.items()}
+        found = logits(copy(tmp_path / "exact.gguf", tmp_path / "odd.gguf", change), "moe")
+        assert found.shape == (len(IDS), 512) and (seed or np.isfinite(found).all())
+
+
+def test_bias_of_removed_experts_is_that_of_the_graph() -> None:
+    header = Path(__file__).parents[1] / "native" / "overlay" / "src" / "models" / "pyllamaernie-experts.h"
+    found = re.search(r"ERNIE4_5_BIAS_REMOVED = (\S+)f;", header.read_text())
+    assert found is not None and float(found[1]) == BIAS_REMOVED
 
 
 def test_uneven_biases_are_scaled_and_warned_of(imatrices: dict[str, Path], tmp_path: Path) -> None:
