@@ -3,8 +3,6 @@
 #include "mmid.cuh"
 #include "quantize.cuh"
 
-#include "ccq-kernels.cuh"
-
 // A dense product with more columns than this goes through 16-bit floats and cuBLAS. A guess that no measurement backs;
 // the environment variable GGML_CUDA_CCQ_TILES_MAX holds another, for bench/ccq_cuda.py.
 #define CCQ_TILES_MAX 128
@@ -40,6 +38,8 @@ bool ggml_cuda_ccq_mul_mat_id(ggml_backend_cuda_context &, ggml_tensor *) { retu
 bool ggml_cuda_ccq_mul_mat_id_needs_sync(const ggml_tensor *, int) { return true; }
 
 #else
+
+#include "ccq-kernels.cuh"
 
 // ---------------------------------------------------------------- launchers
 
