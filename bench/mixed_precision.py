@@ -11,11 +11,16 @@ cached.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -39,43 +44,64 @@ def bar_of(bpw: float) -> float:
     return next(bar for limit, bar in BARS if bpw <= limit)
 
 
-def make_files(folder: Path, work: Path, presets: list[str], options: dict) -> dict[str, tuple[Path, Path, ModelPlan]]:
-    """For each preset the stock file, ours and the plan; what exists is not made again."""
+def make_files(
+    folder: Path, work: Path, preset: str, n_threads: int, planner: Callable[[], Planner]
+) -> tuple[Path, Path, ModelPlan]:
+    """The stock file, ours and the plan; what exists is not made again."""
     model, imatrix = folder / "text-moe-f16.gguf", work / "imatrix.gguf"
-    threads = options["n_threads"]
-    if not imatrix.exists():
-        compute_imatrix(
-            model, folder / "calibration.txt", imatrix, n_chunks=N_CALIBRATION, n_threads=threads, progress=True
-        )
-    out = {}
-    planner = None
-    for preset in presets:
-        stock, ours, path = (
-            work / f"stock-{preset}.gguf",
-            work / f"ours-{preset}.gguf",
-            work / f"ours-{preset}.plan.json",
-        )
-        if not stock.exists():
-            fresh = stock.with_suffix(".new")
-            programs.run("llama-quantize", ["--imatrix", imatrix, model, fresh, preset, threads], capture=True)
-            fresh.rename(stock)
-        if not path.exists():
-            planner = planner or Planner(
-                model, importance=imatrix, text=folder / "selection.txt", cache=work, progress=True, **options
-            )
-            plan = planner.plan(stock.stat().st_size)
-            path.write_text(plan.to_json(), encoding="utf-8")
-        plan = ModelPlan.from_json(path.read_text(encoding="utf-8"))
-        if not ours.exists():
-            importance = read_importance(imatrix)
-            write_quantized(gguf_source(model), plan.types, ours, importance=importance, n_threads=threads)
-        if ours.stat().st_size > stock.stat().st_size:
-            raise SystemExit(f"{ours} has {ours.stat().st_size} bytes, more than the {stock.stat().st_size} of {stock}")
-        print(f"{preset}: planned ({plan.source}), KL {plan.kl_measured:.4g} on the selection text", flush=True)
-        out[preset] = stock, ours, plan
-    if planner is not None:
-        planner.close()
-    return out
+    stock, ours = work / f"stock-{preset}.gguf", work / f"ours-{preset}.gguf"
+    path = work / f"ours-{preset}.plan.json"
+    if not stock.exists():
+        fresh = stock.with_suffix(".new")
+        programs.run("llama-quantize", ["--imatrix", imatrix, model, fresh, preset, n_threads], capture=True)
+        fresh.rename(stock)
+    if not path.exists():
+        path.write_text(planner().plan(stock.stat().st_size).to_json(), encoding="utf-8")
+    plan = ModelPlan.from_json(path.read_text(encoding="utf-8"))
+    if not ours.exists():
+        importance = read_importance(imatrix)
+        write_quantized(gguf_source(model), plan.types, ours, importance=importance, n_threads=n_threads)
+    if ours.stat().st_size > stock.stat().st_size:
+        raise SystemExit(f"{ours} has {ours.stat().st_size} bytes, more than the {stock.stat().st_size} of {stock}")
+    return stock, ours, plan
+
+
+def figures(folder: Path, stock: Path, ours: Path, plan: ModelPlan, n_chunks: int, n_threads: int) -> dict[str, Any]:
+    """KL of both files on the test text and the ratio, for one preset."""
+    options = {"n_chunks": n_chunks, "n_threads": n_threads, "speed_runs": 0, "progress": True}
+    found = compare([folder / "text-moe-f16.gguf", stock, ours], folder / "test.txt", **options)
+    ratio, interval = found.kl_ratio(2, 1)
+    assert interval is not None
+    first = plan.runs[0] if plan.runs else (None, None)
+    return {
+        "n_chunks": found.n_chunks,
+        "stock": asdict(found.models[1]),
+        "ours": asdict(found.models[2]),
+        "ratio": ratio,
+        "interval": interval,
+        "plan": plan.source,
+        "first_predicted": first[0],
+        "first_measured": first[1],
+        "best_measured": plan.kl_measured,
+    }
+
+
+def row(preset: str, r: dict[str, Any]) -> tuple[str, bool]:
+    """A line of the table, and whether the bar is met."""
+    theirs, mine = r["stock"], r["ours"]
+    bar = bar_of(theirs["bpw"])
+    is_met = r["interval"][1] <= bar
+    unused = 1 - mine["size_bytes"] / theirs["size_bytes"]
+    selection = (
+        f"{r[k]:.4f}" if r[k] is not None else "-" for k in ("first_predicted", "first_measured", "best_measured")
+    )
+    return (
+        f"| {preset} | {theirs['bpw']:.3f} | {theirs['size_bytes']} | {unused:.3%} "
+        f"| {theirs['text']['mean']:.5f} | {mine['text']['mean']:.5f} | **{r['ratio']:.3f}** "
+        f"[{r['interval'][0]:.3f}, {r['interval'][1]:.3f}] | {bar:.2f} {'met' if is_met else 'missed'} | {r['plan']} | "
+        + " | ".join(selection)
+        + " |"
+    ), is_met
 
 
 def print_priors(plan: ModelPlan) -> None:
@@ -93,7 +119,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="folder that bench/text_moe.py made (default: its cache)")
     parser.add_argument("--work", type=Path, help="where files and plans are kept (default: beside the model)")
     parser.add_argument("--presets", default=",".join(PRESETS), help="only these, such as IQ2_M,Q4_K_M")
-    parser.add_argument("--chunks", type=int, default=96, help="of 512 tokens of the test text")
+    parser.add_argument("--chunks", type=int, default=64, help="of 512 tokens of the test text")
     parser.add_argument("--probe", default="groups", choices=("none", "groups", "each"))
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--stock-types", action="store_true", help="plan without the CCQ types, for any llama.cpp")
@@ -117,48 +143,46 @@ def main() -> int:
         from pyllamaernie.quant.native import TYPES
 
         options["types"] = [t for t in TYPES if t not in DOMINATED and not t.startswith("CCQ") and t != "F32"]
-    presets = args.presets.split(",")
-    files = make_files(args.model, work, presets, options)
-    paths = [args.model / "text-moe-f16.gguf", *(path for row in files.values() for path in row[:2])]
-    found = compare(
-        paths,
-        args.model / "test.txt",
-        n_chunks=args.chunks,
-        n_threads=args.threads,
-        speed_runs=0,
-        progress=True,
-    )
+    model, imatrix = args.model / "text-moe-f16.gguf", work / "imatrix.gguf"
+    if not imatrix.exists():
+        text = args.model / "calibration.txt"
+        compute_imatrix(model, text, imatrix, n_chunks=N_CALIBRATION, n_threads=args.threads, progress=True)
     lines = [
-        "| preset | bpw | bytes | unused | its KL | our KL | ratio [95 %] | bar | plan is | first plan: predicted "
-        "| measured | best plan, selection text |",
+        "| preset | bpw | bytes | unused | its KL | our KL | ratio [95 %] | bar | plan is | on the selection text: "
+        "first plan, predicted | measured | best plan |",
         "|---" * 12 + "|",
     ]
-    n_met = 0
-    for i, (preset, (stock, ours, plan)) in enumerate(files.items()):
-        a, b = 2 * i + 2, 2 * i + 1
-        ratio, interval = found.kl_ratio(a, b)
-        theirs, mine = found.models[b], found.models[a]
-        bar = bar_of(theirs.bpw)
-        first = plan.runs[0] if plan.runs else (math.nan, math.nan)
-        is_met = interval is not None and interval[1] <= bar
-        n_met += is_met
-        size = stock.stat().st_size
-        unused = 1 - ours.stat().st_size / size
-        assert theirs.text is not None and mine.text is not None and interval is not None
-        lines.append(
-            f"| {preset} | {theirs.bpw:.3f} | {size} | {unused:.3%} | {theirs.text.mean:.5f} | {mine.text.mean:.5f} | "
-            f"{ratio:.3f} [{interval[0]:.3f}, {interval[1]:.3f}] | {bar:.2f} {'met' if is_met else 'missed'} | "
-            f"{plan.source} | {first[0]:.4f} | {first[1]:.4f} | {plan.kl_measured or math.nan:.4f} |"
-        )
+    n_met, presets, results = 0, args.presets.split(","), {}
+    with ExitStack() as stack:
+
+        @functools.cache
+        def planner() -> Planner:
+            text = args.model / "selection.txt"
+            return stack.enter_context(
+                Planner(model, importance=imatrix, text=text, cache=work, progress=True, **options)
+            )
+
+        for preset in presets:
+            path = work / f"{preset}.json"
+            if not path.exists():
+                files = make_files(args.model, work, preset, args.threads, planner)
+                found = figures(args.model, *files, args.chunks, args.threads)
+                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            results[preset] = json.loads(path.read_text(encoding="utf-8"))
+            line, is_met = row(preset, results[preset])
+            n_met += is_met
+            lines.append(line)
+            print(line, flush=True)
     print("\n".join(lines))
-    print(f"{n_met} of {len(files)} bars met; {found.n_chunks} chunks of {found.n_ctx} tokens of the test text")
+    n_chunks = sorted({r["n_chunks"] for r in results.values()})
+    print(f"{n_met} of {len(presets)} bars met; chunks of the test text: {n_chunks}")
     if args.json is not None:
-        args.json.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
         PAGE.write_text(before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
-    return 0 if n_met == len(files) else 1
+    return 0 if n_met == len(presets) else 1
 
 
 if __name__ == "__main__":

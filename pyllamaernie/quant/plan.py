@@ -205,7 +205,7 @@ class Planner:
         self.runs: list[tuple[float, float]] = []  # see ModelPlan
         self._known: dict[str, dict[str, str]] | None = None
         self._bar = _Bar(progress)
-        n_threads = n_threads or n_cpu()
+        self.n_threads = n_threads = n_threads or n_cpu()
         with self._bar.stage("errors of types", len(quantizable_names(self.source))) as step:
             self.errors: ErrorTable = measure(
                 self.source,
