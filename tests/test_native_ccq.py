@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
-from ccq_library import NAMES, Library, compiler
+from ccq_library import FOLDER, NAMES, PATHS, SOURCES, Library, compiler, usable_paths
 
 from pyllamaernie.quant import ccq
 
@@ -155,3 +158,25 @@ def test_ccq2_b_encoder_is_near_the_best_of_its_code_and_takes_any_value(library
     for value in (0.0, np.nan, np.inf, 1e-40, 3e38):
         y = library.dequantize("CCQ2_B", library.quantize_b(np.full((1, 512), value, np.float32)), 512)
         assert np.isfinite(y).all()
+
+
+SANITIZED = (
+    *("-std=gnu11", "-O1", "-g", "-ffp-contract=off", "-fno-sanitize-recover=all", "-DCCQ_CLONES="),
+    "-fsanitize=address,undefined,float-cast-overflow",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", usable_paths())
+def test_sanitizers_find_nothing_in_random_blocks_and_hostile_numbers(path, tmp_path):
+    empty = tmp_path / "empty.c"
+    empty.write_text("int main(void) { return 0; }\n")
+    if subprocess.run([compiler(), *SANITIZED, "-o", tmp_path / "empty", empty], capture_output=True).returncode:
+        pytest.skip("gcc has no sanitizer libraries here")
+    sources = [Path(__file__).with_name("ccq_fuzz.c"), *SOURCES]
+    program = tmp_path / "fuzz"
+    subprocess.run([compiler(), *SANITIZED, *PATHS[path][0], "-I", FOLDER, "-o", program, *sources, "-lm"], check=True)
+    for seed in (1, 2):
+        done = subprocess.run([program, str(seed), "8"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+        assert done.stdout.split()[-1] == path
