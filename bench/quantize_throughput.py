@@ -1,7 +1,7 @@
 """`pyllamaernie quantize` beside llama-quantize: the same types, source and threads, in turns, several times.
 
     python bench/quantize_throughput.py MODEL.gguf [--types Q8_0,Q4_0,Q4_K] [--rounds 3] [--threads 2]
-    python bench/quantize_throughput.py --random FOLDER      makes a model of 0.25 billion random weights there first
+    python bench/quantize_throughput.py --random FOLDER [--layers 16]     makes a random model of 0.9 billion weights
 
 Whole commands are timed, start of Python and last fsync included. Ratios are theirs over ours, of each round, so above
 1 ours is faster; their median is what counts, on a shared machine above all. Payloads are compared, and the peak of
@@ -55,15 +55,15 @@ def same_payload(a: Path, b: Path) -> bool:
     )
 
 
-def random_model(folder: Path) -> Path:
+def random_model(folder: Path, n_layer: int) -> Path:
     import checkpoints
 
     from pyllamaernie.convert import convert
 
-    path = folder / "f16.gguf"
+    path = folder / f"f16-{n_layer}.gguf"
     if not path.exists():
         shape = checkpoints.Shape(
-            n_vocab=4096, n_embd=2048, n_head=16, n_head_kv=4, head_dim=128, n_layer=4, n_ff=8192
+            n_vocab=4096, n_embd=2048, n_head=16, n_head_kv=4, head_dim=128, n_layer=n_layer, n_ff=8192
         )  # fmt: skip
         convert(checkpoints.write_checkpoint(folder / "hf", "dense", shape=shape, tied=False), path, type="f16")
     return path
@@ -73,13 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", metavar="MODEL.gguf")
     parser.add_argument("--random", metavar="FOLDER", help="make and keep a random model here")
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="of the random model")
     parser.add_argument("--types", default="Q8_0,Q4_0,Q4_K", help="presets, all matrices in the basic type")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if (args.model is None) == (args.random is None):
         parser.error("give a model or --random")
-    model = Path(args.model) if args.model else random_model(Path(args.random))
+    model = Path(args.model) if args.model else random_model(Path(args.random), args.layers)
     largest = max(t.n_bytes for t in gguf.GGUFReader(model).tensors)
     bar = min(1.5 * largest, 1024 * MIB)
     print(f"{model.name}: {model.stat().st_size / MIB:.0f} MiB, {args.threads} threads, {args.rounds} rounds")

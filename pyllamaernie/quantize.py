@@ -274,10 +274,7 @@ def _sized(
         seen = stack.enter_context(quantize_size.runnable(source, folder, output))
         notes: list[str] = []
         if args.fit:
-            from pyllamaernie.fit import file_budget
-
-            size_bytes, line = file_budget(seen, n_ctx=args.ctx, reserve=args.reserve, kv_type=args.kv_type)
-            print(line, file=sys.stderr)
+            size_bytes = _fitting_bytes(args, seen)
         imatrix = None if args.imatrix is None else Path(args.imatrix)
         if imatrix is None:
             imatrix, notes = quantize_size.measured_importance(
@@ -296,6 +293,24 @@ def _sized(
             progress=shown,
         )
     return Choice(plan.types, (), (*notes, *plan.notes)), importance
+
+
+def _fitting_bytes(args: argparse.Namespace, source: ModelSource) -> int:
+    from pyllamaernie import _core
+    from pyllamaernie.fit import file_budget
+    from pyllamaernie.plan import parse_size
+
+    reserve = None if args.reserve is None else parse_size(args.reserve)
+    size_bytes, text = file_budget(source.path, n_ctx=args.ctx, kv_type=args.kv_type, reserve=reserve)
+    print(f"pyllamaernie quantize: {text}", file=sys.stderr)
+    if _core.gpu_devices(False):
+        print("pyllamaernie quantize: warning: only the CPU's memory is planned for, no GPU's", file=sys.stderr)
+    has = sum(w.n_bytes for w in source.weights)
+    if has <= size_bytes:
+        raise InputError(
+            f"{args.model} fits as it is, with {has} bytes of weights; --size makes it smaller all the same"
+        )
+    return size_bytes
 
 
 def _write(args: argparse.Namespace, job: Job, folder: HfModel | None) -> int:

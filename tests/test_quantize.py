@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
-from pyllamaernie import Llama, cli, programs
+from pyllamaernie import Llama, cli, fit, programs
 from pyllamaernie.convert import convert
 from pyllamaernie.errors import InputError
 from pyllamaernie.quant import stock
@@ -45,6 +45,14 @@ def folder(home: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(home: Path, folder: Path) -> Path:
     return convert(folder, home / "bf16.gguf", type="bf16").model
+
+
+@pytest.fixture(scope="module")
+def text(home: Path) -> Path:
+    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
+    path = home / "text.txt"
+    path.write_text(" ".join(np.random.default_rng(7).choice(words, 1500)) + "\n")
+    return path
 
 
 def quantize(*words: object) -> int:
@@ -193,11 +201,8 @@ def test_the_embedded_model_still_answers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
 def test_a_size_is_met_with_all_that_belongs_to_it(
-    kind: str, model: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, model: Path, folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(np.random.default_rng(7).choice(words, 3000)) + "\n")
     out, size = tmp_path / "sized.gguf", int(model.stat().st_size * 0.42)
     given = model if kind == "gguf" else folder
     more = [] if kind == "gguf" else ["--via", "bf16"]
@@ -259,10 +264,30 @@ def test_hostile_input_is_one_line_and_leaves_no_file(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_that_fits_as_it_is_stays_as_it_is(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(model, "-o", tmp_path / "out.gguf", "--fit", "--ctx", 512, "--reserve", "16MiB") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "16 MiB stay free, context of 512" in lines[0] and "fits as it is" in lines[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_fits_decides_the_size(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs, size = fit.needs(model, n_ctx=512), int(model.stat().st_size * 0.4)
+    limit = 2**30 + needs.total - needs.weights + size
+    monkeypatch.setattr(fit, "memory_limit_bytes", lambda: limit)
+    out = tmp_path / "out.gguf"
+    words = ("--ctx", 512, "--reserve", "1GiB", "-f", text, "--types", "Q2_K,Q4_K,Q6_K")
+    assert quantize(model, "-o", out, "--fit", *words) == 0
+    assert size * 0.99 <= out.stat().st_size <= size
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
-    words = [model, "-o", out, "--type", "CCQ2_75", "--threads", 1]
+    words = [model, "-o", out, "--type", "CCQ2", "--threads", 1]
     command = [sys.executable, "-P", "-m", "pyllamaernie", "quantize", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "out.gguf.part.journal"

@@ -6,9 +6,10 @@ as a file of the right header and size without content, which takes no room on f
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class StockTypes:
     warnings: tuple[str, ...]
 
 
-def presets() -> dict[str, int]:
+@functools.cache
+def presets() -> Mapping[str, int]:
     """Name -> file type of the presets that llama-quantize knows, ours among them."""
     text = programs.run("llama-quantize", ["--help"], check=False, capture=True).stdout
     return {name: int(number) for number, name in _PRESET.findall(text)}

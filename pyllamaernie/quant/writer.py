@@ -39,8 +39,8 @@ _NS |= {"Q1_0": 21, "Q3_K": 33, "Q4_1": 100, "Q5_1": 100, "Q4_K": 100, "Q5_K": 1
 _NS |= {"IQ2_S": 175, "IQ4_NL": 190, "IQ4_XS": 190, "IQ3_S": 250, "IQ1_S": 310, "IQ3_XXS": 400, "IQ2_XXS": 460}
 _NS |= {"IQ2_XS": 740, "CCQ2_B": 900, "CCQ2": 12000, "CCQ2_25": 12000, "CCQ2_5": 12000, "CCQ2_75": 12000}
 _NS_UNKNOWN = 100
-_PIECE_NS = 10**9  # a piece takes about a second at most, so that an interruption is soon over
-_PIECE_VALUES_MIN = 2**16
+_PIECE_NS = 10**9 // 4  # a piece takes a quarter of a second at most, so that an interruption is soon over
+_PIECE_VALUES_MIN = 2**14
 
 
 @dataclass(frozen=True)
