@@ -351,11 +351,11 @@ def export(root: Path, tree: Path) -> list[str]:
     """
     if not (tree / ".git").exists():
         raise PatchError(f"{tree} is not a git tree made by 'apply --git'")
-    if dirty := git(tree, "status", "--porcelain").decode().strip():
-        raise PatchError(
-            f"{tree}: {len(dirty.splitlines())} files are not committed, the first is "
-            f"{dirty.splitlines()[0][2:].strip()}"
-        )
+    # upstream's own .gitignore may bring back what info/exclude leaves out: the overlay's files, no part of any patch
+    ours = set((tree / ".git/info/exclude").read_text(encoding="utf-8").splitlines())
+    changed = git(tree, "status", "--porcelain").decode().splitlines()
+    if dirty := [line[3:] for line in changed if f"/{line[3:]}" not in ours]:
+        raise PatchError(f"{tree}: {len(dirty)} files are not committed, the first is {dirty[0]}")
     commits = git(tree, "rev-list", "--reverse", "--parents", f"{BASE}..HEAD").decode().splitlines()
     patches: list[Patch] = []
     for line in commits:
