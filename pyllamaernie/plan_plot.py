@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from pyllamaernie.plan_report import bits_of, by_role
 from pyllamaernie.quant.plan import ModelPlan, Planner
 
-OURS, STOCK, SINGLE = "#0072b2", "#d55e00", "#009e73"  # told apart with any colour vision, and by their shape
+# told apart with any colour vision, and by their shape
+OURS, STOCK, SINGLE, BY_HAND = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+LABELS = {"stock ": "stock presets", "all ": "one type for all", "experts ": "one type for experts, one for the rest"}
 
 
 def draw_all(plan: ModelPlan, planner: Planner, curve: Sequence[tuple[int, float]], stem: Path) -> dict[str, Path]:
@@ -39,9 +41,9 @@ def _sizes(plan: ModelPlan, curve: Sequence[tuple[int, float]]) -> Figure:
     axes.plot([s / scale for s, _ in curve], [kl for _, kl in curve], color=OURS, label="plans, expected")
     if plan.kl_measured is not None:
         axes.plot(plan.size_bytes / scale, plan.kl_measured, "D", color=OURS, label="this plan, measured")
-    for kind, colour, shape in (("stock ", STOCK, "o"), ("all ", SINGLE, "s")):
+    for kind, colour, shape in (("stock ", STOCK, "o"), ("all ", SINGLE, "s"), ("experts ", BY_HAND, "^")):
         points = [b for b in plan.baselines if b.name.startswith(kind) and b.kl is not None]
-        label = "stock presets, measured" if kind == "stock " else "one type for all, measured"
+        label = f"{LABELS[kind]}, measured"
         if points:
             axes.plot([b.size_bytes / scale for b in points], [b.kl for b in points], shape, color=colour, label=label)
         for b in points:

@@ -265,7 +265,7 @@ def test_measured_plan_is_no_worse_than_what_ran_beside_it(runner: Planner) -> N
     size = runner.size_of(3.6)
     plan = runner.plan(size)
     assert plan.kl_measured is not None and plan.kl_predicted is not None and plan.size_bytes <= size
-    assert {b.name.split()[0] for b in plan.baselines} == {"stock", "all"}
+    assert {b.name.split()[0] for b in plan.baselines} == {"stock", "all", "experts"}
     for b in plan.baselines:
         assert b.kl is not None
         assert b.size_bytes > size or b.kl >= plan.kl_measured

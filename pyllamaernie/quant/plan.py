@@ -59,7 +59,10 @@ PRESETS += ("Q8_0",)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A file that anybody could make without a plan, its size, and its KL on the selection data if it was run."""
+    """A file that anybody could make without a plan, its size, and its KL on the selection data if it was run.
+
+    Its name begins with its kind: stock (a preset), all (one type), experts (a low type for them, a high for the rest).
+    """
 
     name: str
     size_bytes: int
@@ -136,6 +139,7 @@ N_TRIALS = 8  # plans from varied curves that are run as well
 SPREAD = 0.25  # of the logarithm of a curve, when it is varied
 N_CHUNKS_PROBE = 4
 PROBE_TYPES = ("IQ1_M", "Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q6_K", "Q8_0")  # whose encoders are fast
+REST_TYPES = ("Q4_K", "Q6_K", "Q8_0")  # of everything but the experts, in the files that people make by hand
 MEMORY_SHARE = 0.9  # of the free memory may be the model itself
 N_KEYS_BYTES = 1024  # what our keys take at most in a file's header
 HIGHER = 1.5  # bits between the two probes of a group
@@ -417,14 +421,14 @@ class Planner:
     def _baselines(
         self, size_bytes: int, measured: float | None
     ) -> tuple[list[Baseline], tuple[str, dict[str, str], float] | None]:
-        """The two largest presets and the two largest single types that fit, and the best if it beats the plan.
+        """The two largest known plans of each kind that fit, and the best if it beats the plan.
 
         The preset one size up is run as well, for the report.
         """
         known = [(self.size_with(types), name, types) for name, types in self.known_plans().items()]
         known.sort(key=lambda row: (-row[0], row[1]))
         kept = []
-        for kind in ("stock", "all"):
+        for kind in ("stock", "all", "experts"):
             rows = [row for row in known if row[1].startswith(kind)]
             n_larger = sum(row[0] > size_bytes for row in rows)
             kept += rows[max(n_larger - (kind == "stock"), 0) : n_larger + 2]
@@ -445,27 +449,43 @@ class Planner:
         return found, better
 
     def known_plans(self) -> dict[str, dict[str, str]]:
-        """Types by the name of the plan: presets of llama-quantize, and single types."""
+        """Types by name: presets of llama-quantize, single types, low types for experts with high ones for the rest.
+
+        Presets with types that are not allowed here are left out, and so is everything where rules limit the types.
+        """
         if self._known is not None:
             return self._known
         out: dict[str, dict[str, str]] = {}
-        for preset in PRESETS if not self.rules else ():
+        self._known = out
+        if self.rules:
+            return out
+        allowed = {t for row in self.errors.errors.values() for t in row}
+        names = {name for item in self.items for name in item.names}
+        for preset in PRESETS:
             try:
                 imatrix = None if self.importance is None else self.importance.path
-                out[f"stock {preset}"] = stock_types(self.source, preset, imatrix=imatrix).types
+                types = stock_types(self.source, preset, imatrix=imatrix).types
             except QuantizeError:  # without an importance matrix there are none below three bits
                 continue
-        if not self.rules:
-            names = sorted({t for item in self.items for t in item_types(item, self.errors)})
-            for t in names:
-                chosen = {}
-                for item in self.items:
-                    larger = [u for u in item_types(item, self.errors) if TYPES[u].bpw >= TYPES[t].bpw]
-                    if larger:
-                        u = t if t in larger else min(larger, key=lambda u: (TYPES[u].bpw, u))
-                        chosen |= dict.fromkeys(item.names, u)
-                out[f"all {t}"] = chosen
-        self._known = out
+            if all(types[name] in allowed for name in names):
+                out[f"stock {preset}"] = types
+        experts = [item for item in self.items if "_exps" in item.role]
+        others = [item for item in self.items if "_exps" not in item.role]
+        for t in sorted(allowed):
+            out[f"all {t}"] = self._single(self.items, t)
+            for rest in REST_TYPES if experts else ():
+                if rest in allowed and TYPES[t].bpw < TYPES[rest].bpw:
+                    out[f"experts {t}, rest {rest}"] = self._single(experts, t) | self._single(others, rest)
+        return out
+
+    def _single(self, items: Sequence[Item], type_name: str) -> dict[str, str]:
+        """One type for these items, or the next with more bits that an item can have."""
+        out: dict[str, str] = {}
+        for item in items:
+            larger = [t for t in item_types(item, self.errors) if TYPES[t].bpw >= TYPES[type_name].bpw]
+            if larger:
+                chosen = type_name if type_name in larger else min(larger, key=lambda t: (TYPES[t].bpw, t))
+                out |= dict.fromkeys(item.names, chosen)
         return out
 
     def _notes(self, source: str) -> list[str]:
