@@ -261,7 +261,7 @@ copied byte for byte, in every type. Measure on text that is not the calibration
 scores; g is the weight that a token gives to an expert, y the expert's output (default: {DEFAULT})
 {_LIST}
 All but count, energy and norm need an importance matrix of `pyllamaernie imatrix`. Removing a quarter of the experts by
-output cost the two trained models that we have 0.57 and 0.20 of the KL of removing them by count (docs/prune.md); no
+output cost the two trained models that we have 0.57 and 0.36 of the KL of removing them by count (docs/prune.md); no
 score is best for every model, and `pyllamaernie compare` tells. Experts that no calibration token reached go first. An
 expert whose largest output is {SUPER} times the layer's median stays, and {PER_TOKEN} experts for each one that a token
 uses; --force insists.
