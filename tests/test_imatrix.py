@@ -231,8 +231,15 @@ def test_quantizing_to_two_bits_needs_the_pictures(wide: Path, text: Path, tmp_p
     assert done.returncode != 0 and "_vl.weight" in done.stdout + done.stderr
     done = quantize("both.gguf", "q2_k_s")
     assert done.returncode == 0, done.stderr[-400:]
+    with_sums = (tmp_path / "out.gguf").read_bytes()
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf_py.GGUFReader(tmp_path / "out.gguf").tensors}
     assert kinds["blk.1.ffn_up_exps_vl.weight"] == kinds["blk.1.ffn_up_exps.weight"] == "Q2_K"
+    assert any(".experts." in name for name in read(tmp_path / "both.gguf")[0])
+    options = {"chunk": CHUNK, "n_chunks": 2, "n_threads": 1, "pictures": PICTURES, "experts": False, "overwrite": True}
+    compute_imatrix(wide, text, tmp_path / "both.gguf", **options)
+    assert not any(".experts." in name for name in read(tmp_path / "both.gguf")[0])
+    quantize("both.gguf", "q2_k_s")
+    assert (tmp_path / "out.gguf").read_bytes() == with_sums, "upstream's program skips the sums of experts"
 
 
 # ---- wrong input
