@@ -12,8 +12,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyllamaernie.quant.source import ModelSource
     from pyllamaernie.quant.writer import Progress, WriteResult
     from pyllamaernie.quantize_hf import HfModel
+    from pyllamaernie.quantize_size import Samples
 
 RECIPE_BASE = "Q8_0"  # of tensors that no line of a recipe names
 VIA = ("auto", "f16", "bf16", "f32")
@@ -162,7 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--imatrix",
         metavar="FILE",
-        help="importance of the columns, from `pyllamaernie imatrix`; for a size it is measured if left out",
+        help="importance of the columns, from `pyllamaernie imatrix`; measured if left out and there is a size, a "
+        "text, or a type below three bits",
     )
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text to measure on (default: one from this package)")
     data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
@@ -232,17 +234,22 @@ def _run(args: argparse.Namespace, output: Path) -> int:
     source = gguf_source(model) if folder is None else folder.source
     if not args.dry_run:
         check_output(output, (source.path,), args.overwrite)
+        _check_beside(args, output)
     imatrix = None if args.imatrix is None else Path(args.imatrix)
     importance = None if imatrix is None else read_importance(imatrix)
-    if args.size is not None or args.bpw is not None or args.fit:
+    if _is_sized(args):
         choice, importance = _sized(args, source, folder, output)
     elif args.plan is not None:
         choice = Choice(planned_types(_read_text(args.plan), source, importance))
     else:
         recipe = None if args.recipe is None else _read_text(args.recipe)
-        choice = choose_types(
-            source, type=args.type, recipe=recipe, base=args.base, pins=args.pin, pure=args.pure, imatrix=imatrix
-        )
+        options = {"type": args.type, "recipe": recipe, "base": args.base, "pins": args.pin, "pure": args.pure}
+        choice = choose_types(source, **options, imatrix=imatrix)
+        if imatrix is None and not args.dry_run and (_has_samples(args) or needs_importance(choice.types)):
+            imatrix, notes = _measured(args, source, folder, output)
+            importance = read_importance(imatrix)
+            choice = choose_types(source, **options, imatrix=imatrix)
+            choice = Choice(choice.types, choice.keys, (*notes, *choice.warnings))
     allow = args.allow_requantize
     job = plan_job(source, choice.types, output, importance=importance, keys=choice.keys, allow_requantize=allow)
     for line in (*choice.warnings, *job.warnings):
@@ -253,45 +260,83 @@ def _run(args: argparse.Namespace, output: Path) -> int:
     return _write(args, job, folder)
 
 
+def needs_importance(types: Mapping[str, str]) -> bool:
+    """Whether some tensor gets a type that gives nothing usable without importance data."""
+    from pyllamaernie.quant.job import OUTPUTS
+    from pyllamaernie.quant.native import TYPES, WANT_IMPORTANCE
+
+    return any(
+        TYPES[t].needs_importance or (t in WANT_IMPORTANCE and name not in OUTPUTS)
+        for name, t in types.items()
+        if t in TYPES
+    )
+
+
+def _is_sized(args: argparse.Namespace) -> bool:
+    return args.size is not None or args.bpw is not None or args.fit
+
+
+def _has_samples(args: argparse.Namespace) -> bool:
+    return bool(args.file or args.image or args.images)
+
+
+def _check_beside(args: argparse.Namespace, output: Path) -> None:
+    """Files beside the output are not replaced unasked, save for those of the run that is gone on with."""
+    from pyllamaernie.quant.journal import part_path
+    from pyllamaernie.quantize_size import beside
+
+    if args.overwrite or part_path(output).is_file():
+        return
+    for suffix in (".recipe.txt", *((".plan.json", ".plan.md", ".imatrix.gguf") if _is_sized(args) else ())):
+        if beside(output, suffix).exists():
+            raise InputError(f"{beside(output, suffix)} exists; choose another name or allow overwriting (--overwrite)")
+
+
+@contextmanager
+def _samples(args: argparse.Namespace) -> Iterator[Samples]:
+    """What the model is measured on: what was given, or this package's own text."""
+    from pyllamaernie.quantize_size import Samples, packaged_text
+
+    text = None if args.file is None else Path(args.file)
+    if _has_samples(args):
+        yield Samples(text, asked_pictures(args), False)
+        return
+    with tempfile.TemporaryDirectory(prefix="pyllamaernie-") as home:
+        yield Samples(packaged_text(Path(home)), (), True)
+
+
+def _shows_progress(args: argparse.Namespace) -> bool:
+    return sys.stderr.isatty() and not args.no_progress
+
+
+def _measured(
+    args: argparse.Namespace, source: ModelSource, folder: HfModel | None, output: Path
+) -> tuple[Path, list[str]]:
+    from pyllamaernie.quantize_size import measured_importance, runnable
+
+    options = {"n_threads": args.threads, "overwrite": args.overwrite, "progress": _shows_progress(args)}
+    with _samples(args) as samples, runnable(source, folder, output) as seen:
+        return measured_importance(seen.path, samples, output, **options)
+
+
 def _sized(
     args: argparse.Namespace, source: ModelSource, folder: HfModel | None, output: Path
 ) -> tuple[Choice, Importance]:
     """Everything from a size to types: importance, unless given, and the plan."""
-    from pyllamaernie import quantize_size
     from pyllamaernie.plan import parse_size, rules_of
+    from pyllamaernie.quantize_size import make_plan, measured_importance, runnable
 
-    rules = rules_of(args)
-    types = None if args.types is None else args.types.split(",")
-    shown = sys.stderr.isatty() and not args.no_progress
-    size_bytes = None if args.size is None else parse_size(args.size)
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyllamaernie-")))
-        pictures = asked_pictures(args)
-        text = None if args.file is None else Path(args.file)
-        if is_ours := text is None and not pictures:
-            text = stack.enter_context(quantize_size.packaged_text(home))
-        samples = quantize_size.Samples(text, pictures, is_ours)
-        seen = stack.enter_context(quantize_size.runnable(source, folder, output))
-        notes: list[str] = []
+    rules, size_bytes = rules_of(args), None if args.size is None else parse_size(args.size)
+    options = {"n_threads": args.threads, "progress": _shows_progress(args)}
+    with _samples(args) as samples, runnable(source, folder, output) as seen:
         if args.fit:
             size_bytes = _fitting_bytes(args, seen)
-        imatrix = None if args.imatrix is None else Path(args.imatrix)
+        imatrix, notes = None if args.imatrix is None else Path(args.imatrix), []
         if imatrix is None:
-            imatrix, notes = quantize_size.measured_importance(
-                seen.path, samples, output, n_threads=args.threads, progress=shown
-            )
-        plan, importance = quantize_size.make_plan(
-            seen,
-            output,
-            size_bytes=size_bytes,
-            bpw=args.bpw,
-            imatrix=imatrix,
-            samples=samples,
-            rules=rules,
-            types=types,
-            n_threads=args.threads,
-            progress=shown,
-        )
+            imatrix, notes = measured_importance(seen.path, samples, output, overwrite=args.overwrite, **options)
+        types = None if args.types is None else args.types.split(",")
+        wanted = {"size_bytes": size_bytes, "bpw": args.bpw, "rules": rules, "types": types}
+        plan, importance = make_plan(seen, output, imatrix=imatrix, samples=samples, **wanted, **options)
     return Choice(plan.types, (), (*notes, *plan.notes)), importance
 
 
@@ -317,7 +362,7 @@ def _write(args: argparse.Namespace, job: Job, folder: HfModel | None) -> int:
     from pyllamaernie.quant.writer import run_job
     from pyllamaernie.quantize_size import beside, write_text
 
-    bar, resume = _Bar(sys.stderr.isatty() and not args.no_progress), not args.no_resume
+    bar, resume = _Bar(_shows_progress(args)), not args.no_resume
     try:
         result = run_job(job, n_threads=args.threads, overwrite=args.overwrite, resume=resume, on_progress=bar.show)
     except KeyboardInterrupt:

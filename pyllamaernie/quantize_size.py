@@ -38,18 +38,14 @@ class Samples:
     is_ours: bool
 
 
-@contextmanager
-def packaged_text(folder: Path) -> Iterator[Path]:
+def packaged_text(folder: Path) -> Path:
     """A text out of this package, its sources and licences: better than nothing, and no more than that."""
     package = Path(__file__).parent
     files = sorted(package.glob("licenses/*.txt")) + sorted(package.rglob("*.py"))
     text = "\n\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)[:_N_TEXT]
     path = folder / "packaged.txt"
     path.write_text(text, encoding="utf-8")
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+    return path
 
 
 @contextmanager
@@ -72,13 +68,18 @@ def runnable(source: ModelSource, folder: HfModel | None, output: Path) -> Itera
 
 
 def measured_importance(
-    model: Path, samples: Samples, output: Path, *, n_threads: int | None, progress: bool
+    model: Path, samples: Samples, output: Path, *, n_threads: int | None, overwrite: bool, progress: bool
 ) -> tuple[Path, list[str]]:
-    """An importance matrix beside the output, and what a person should know about it."""
+    """An importance matrix beside the output, and what a person should know about it.
+
+    That of an interrupted run is taken as it is: another would mean other bytes. Raises: as `compute_imatrix`.
+    """
     from pyllamaernie.imatrix import CHUNK, compute_imatrix, report
     from pyllamaernie.model import read_header
 
     path = beside(output, ".imatrix.gguf")
+    if part_path(output).is_file() and path.is_file():
+        return path, [f"importance is that of the interrupted run, {path.name}"]
     chunk = min(CHUNK, int(read_header(model).get("context_length") or CHUNK))
     result = compute_imatrix(
         model,
@@ -88,7 +89,7 @@ def measured_importance(
         chunk=chunk,
         n_chunks=_N_CHUNKS if samples.is_ours else None,
         n_threads=n_threads,
-        overwrite=True,
+        overwrite=overwrite,
         progress=progress,
     )
     notes = report(result)

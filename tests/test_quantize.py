@@ -249,7 +249,6 @@ def test_hostile_input_is_one_line_and_leaves_no_file(
         (4, "no model file at", [tmp_path / "none.gguf", "--type", "Q4_K_M"]),
         (4, "no importance matrix at", [model, "--type", "IQ2_S", "--imatrix", tmp_path / "none.gguf"]),
         (1, "an importance matrix is needed", [model, "--type", "IQ2_S", "--imatrix", model]),
-        (1, "needs importance data", [model, "--type", "IQ2_S"]),
         (1, "is not known; presets are", [model, "--type", "Q9_K"]),
         (1, "not a plan", [model, "--plan", tmp_path / "broken.json"]),
         (4, "config.json", [tmp_path, "--type", "Q4_K_M"]),
@@ -271,6 +270,32 @@ def test_a_model_that_fits_as_it_is_stays_as_it_is(
     lines = capsys.readouterr().err.splitlines()
     assert "16 MiB stay free, context of 512" in lines[0] and "fits as it is" in lines[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_type_that_needs_importance_gets_it_measured(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.gguf"
+    assert quantize(model, "-o", out, "--type", "IQ3_XXS") == 0
+    assert "measured on this package's own sources" in capsys.readouterr().err
+    assert "quantize.imatrix.file" in gguf_py.GGUFReader(out).fields and (tmp_path / "out.imatrix.gguf").exists()
+    assert quantize(model, "-o", tmp_path / "two.gguf", "--type", "Q4_K_M", "-f", text) == 0
+    assert "package's own" not in capsys.readouterr().err
+    assert gguf_py.GGUFReader(tmp_path / "two.gguf").fields["quantize.imatrix.dataset"].contents() == "text.txt"
+    expected = tmp_path / "stock.gguf"
+    words = ["--imatrix", tmp_path / "two.imatrix.gguf", model, expected, "Q4_K_M", 2]
+    programs.run("llama-quantize", words, capture=True)
+    assert payload(tmp_path / "two.gguf") == payload(expected)
+
+
+def test_files_beside_the_output_are_not_replaced_unasked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.recipe.txt").write_text("mine")
+    assert quantize(model, "-o", tmp_path / "out.gguf", "--type", "Q8_0") == 1
+    assert "out.recipe.txt exists" in said(capsys) and (tmp_path / "out.recipe.txt").read_text() == "mine"
+    assert quantize(model, "-o", tmp_path / "out.gguf", "--type", "Q8_0", "--overwrite") == 0
 
 
 @pytest.mark.slow

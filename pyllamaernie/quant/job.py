@@ -23,7 +23,7 @@ from pyllamaernie.quant.importance import Importance
 from pyllamaernie.quant.source import ModelSource, Weights, tensor_type
 
 _EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
-_OUTPUTS = (*_EMBEDDINGS, "output.weight")
+OUTPUTS = (*_EMBEDDINGS, "output.weight")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _columns(weights: Weights, name: str, importance: Importance | None, warning
         warnings.append(f"{text}; not used")
         found = None
     if found is None and (
-        native.TYPES[name].needs_importance or (name in native.WANT_IMPORTANCE and weights.name not in _OUTPUTS)
+        native.TYPES[name].needs_importance or (name in native.WANT_IMPORTANCE and weights.name not in OUTPUTS)
     ):
         reason = "none was given" if importance is None else f"{importance.path} has none"
         raise InputError(
@@ -166,7 +166,7 @@ def _coverage(source: ModelSource, chosen: Sequence[str], importance: Importance
     without = [
         w.name
         for w, t in zip(source.weights, chosen, strict=True)
-        if t != w.type and native.TYPES[t].is_quantized and w.name not in importance.columns and w.name not in _OUTPUTS
+        if t != w.type and native.TYPES[t].is_quantized and w.name not in importance.columns and w.name not in OUTPUTS
     ]
     if without:
         yield f"{importance.path} has nothing on {len(without)} tensors, such as {without[0]}: all columns count alike"
