@@ -125,7 +125,7 @@ def random_blocks(kind: TensorType, n_blocks: int, rng: np.random.Generator) -> 
         numbers = np.array([100, 16384 - 12750], "<f4").view(np.uint8)
         blocks[:, :10] = [*numbers, 0x1D, 0x39]  # super scale 1.5e-4
     elif kind.name.startswith("CCQ"):
-        blocks[:, 0] = 80 | blocks[:, 0] & 1
+        blocks[:, 0] = 160 | blocks[:, 0] & 1  # scale 2^-10
     return blocks
 
 

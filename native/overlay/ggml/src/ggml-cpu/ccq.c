@@ -116,6 +116,10 @@ bool ggml_ccq_dot_rows(int id, int n, float * s, const void * x, size_t row_byte
     }
 }
 
+int ggml_ccq_chunk_rows(int id, int chunk_rows) {
+    return id >= 112 && id <= 116 ? 512 : chunk_rows;
+}
+
 void ggml_ccq_unpack_rows(int id, const void * x, size_t row_bytes, int n_rows, float * d, int32_t * scales, int scale_stride, uint8_t * q, int q_stride) {
     switch (id) {
         case 112: ccq_unpack_rows(x, row_bytes, n_rows, d, scales, scale_stride, q, q_stride, 0); break;
