@@ -262,6 +262,29 @@ def test_rare_and_strong_expert_is_kept_by_energy_and_dropped_by_count(text: Pat
     assert 3 in rank_experts(model, tmp_path / "i.gguf", keep=6, score="count")[1].kept, "it is beyond all others"
 
 
+@pytest.mark.slow
+def test_rare_and_strong_experts_anywhere_are_kept_by_what_they_add(text: Path, tmp_path: Path) -> None:
+    """Another expert in each of 10 seeds, 20 times as loud, its bias lowered until it is rare."""
+    tensors = {t.name: t.data for t in _upstream.read_gguf(gguf("moe"))[1]}
+    for seed in range(10):
+        il, expert = 1 + seed % 3, seed * 3 % 8
+        down, bias = f"blk.{il}.ffn_down_exps.weight", f"blk.{il}.exp_probs_b.bias"
+        loud = tensors[down].copy()
+        loud[expert] *= 20
+        change = {**biases(gguf("moe"), {}), down: loud}
+        for lower in np.arange(0.1, 1, 0.05):
+            change[bias].reshape(-1)[expert] = -lower
+            model = copy(gguf("moe"), tmp_path / "model.gguf", change)
+            compute_imatrix(model, text, tmp_path / "i.gguf", chunk=128, n_threads=1, overwrite=True)
+            by = {s: rank_experts(model, tmp_path / "i.gguf", keep=6, score=s, force=True)[il - 1] for s in SCORES}
+            share = by["count"].counts / by["count"].counts.sum() * N_USED
+            if share[expert] < 0.03:
+                break
+        assert 0 < share[expert] < 0.03, (seed, share)
+        assert expert in by["count"].removed
+        assert all(expert in by[s].kept for s in ("reap", "output", "energy")), seed
+
+
 def test_energy_is_the_output_norm_for_uncorrelated_inputs(imatrices: dict[str, Path], tmp_path: Path) -> None:
     """One column of down at a time: the score is then the sum of the squared outputs exactly, by any reckoning."""
     tensors = {t.name: np.array(t.data) for t in _upstream.read_gguf(gguf("moe"))[1]}
