@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--probed", nargs="*", default=["output"], help="scores to refine by probing")
     parser.add_argument("--chunks", type=int, default=64, help="of the test text")
     parser.add_argument("--calibration-chunks", type=int, default=128)
-    parser.add_argument("--probe-chunks", type=int, default=8)
+    parser.add_argument("--probe-chunks", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, source: Source, imatrix: Path, ratio: float, s
             )
             rankings[f"{score} probed, band {band}"] = ranked
             took = time.perf_counter() - start
-            print(f"{score} probed, band {band}: {before:.5f} -> {after:.5f} on the selection set, {took:.0f} s")
+            print(f"{score} probed, band {band}: {before:.5f} -> {after:.5f} where it is judged, {took:.0f} s")
     files = {}
     for i, (name, ranked) in enumerate(rankings.items()):
         files[name] = write_pruned(source, home / f"{i}.gguf", ranked, name, exact=True, overwrite=True).path

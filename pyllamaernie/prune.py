@@ -267,7 +267,8 @@ expert whose largest output is {SUPER} times the layer's median stays, and {PER_
 uses; --force insists.
 
 Scores near the cut hardly differ. --probe masks those experts in the loaded model, one at a time, and keeps the ones
-that the output misses most: a run over {N_CHUNKS} chunks of the text for a quarter of all experts.
+that the output misses most: a run over {N_CHUNKS // 2} chunks of the text for a quarter of all experts. As many further
+chunks judge: if they get no better, the scores' choice stays. The text should hold many kinds of what the model is for.
 
 The router's softmax then runs over the kept experts. Mixing weights stay exact, since they are renormalised over the
 chosen ones. With a correction bias (ERNIE 4.5 has one), which is scaled by the average growth of the probabilities, a

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyllamaernie.quant.probe import Probe
 
 BAND = 0.125  # of the experts of a layer, on either side of the cut
-N_CHUNKS = 8
+N_CHUNKS = 32  # half of them to choose by, half to judge the choice
 
 
 def refine(
@@ -40,10 +40,11 @@ def refine(
     n_threads: int | None = None,
     progress: bool = False,
 ) -> tuple[list[Ranking], float, float]:
-    """The rankings with the experts around each cut chosen by KL, and the KL on this text before and after.
+    """The rankings with the experts around each cut chosen by KL, and the KL before and after on what did not choose.
 
-    `band` is the share of a layer's experts on either side of the cut that are tried. Pools that nothing here reaches
-    stay as they are, and so does everything when the result is no better.
+    `band` is the share of a layer's experts on either side of the cut that are tried. The first half of the text and of
+    the pictures chooses, the other half judges: everything stays as it was unless that half gets better too. Pools that
+    nothing here reaches stay as they are.
     Raises: InputError, UnsupportedInputError without correction biases, the load errors of `Llama`.
     """
     from tqdm import tqdm
@@ -65,7 +66,8 @@ def refine(
         masks = _Masks(source, probe)
         for r in now:
             masks.set(r, r.removed)
-        before = probe.kl()
+        halves = _halves(len(probe.chunks), len(probe.prompts))
+        before = _kl(probe.kl_parts(), halves[1])
         n_runs = sum(len(weak) + len(strong) for weak, strong in tries)
         with tqdm(total=n_runs, unit="run", disable=not progress, file=sys.stderr) as bar:
             for i, (weak, strong) in enumerate(tries):
@@ -75,15 +77,31 @@ def refine(
                 costs = {}
                 for e in (*weak, *strong):
                     masks.set(now[i], [*sure, e])
-                    costs[e] = probe.kl()
+                    costs[e] = _kl(probe.kl_parts(len(probe.chunks) // 2), halves[0])
                     bar.update()
                 gone = {*sure, *sorted(costs, key=lambda e: (costs[e], e))[: len(strong)]}
                 kept = tuple(e for e in range(source.n_expert) if e not in gone)
                 mass = removed_mass(source, importance, now[i].pool, now[i].layer, kept)
                 now[i] = replace(now[i], kept=kept, removed_mass=mass)
                 masks.set(now[i], now[i].removed)
-        after = probe.kl()
+        after = _kl(probe.kl_parts(), halves[1])
     return (now, before, after) if after < before else (list(rankings), before, before)
+
+
+def _halves(n_chunks: int, n_pictures: int) -> tuple[list[int], list[int]]:
+    """Numbers of the parts that choose and of those that judge. Chunks come first, then pictures."""
+    chunks, pictures = range(n_chunks), range(n_chunks, n_chunks + n_pictures)
+    first = [*chunks[: n_chunks // 2], *pictures[: n_pictures // 2]]
+    second = [*chunks[n_chunks // 2 :], *pictures[n_pictures // 2 :]]
+    if not first:
+        raise InputError(f"{n_chunks} chunks and {n_pictures} pictures cannot be halved; give two of one at least")
+    return first, second
+
+
+def _kl(parts: tuple[np.ndarray, np.ndarray], chosen: list[int]) -> float:
+    """Mean over the rows of some parts."""
+    sums, rows = parts
+    return float(sums[chosen].sum() / rows[chosen].sum())
 
 
 def _band(r: Ranking, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

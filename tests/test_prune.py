@@ -311,13 +311,15 @@ def test_probing_masks_as_the_written_file_does_and_chooses_what_costs_less(
     words = tmp_path / "selection.txt"
     words.write_text(" ".join(np.random.default_rng(11).choice(text.read_text().split(), 1500)))
     worst = [flipped(r) for r in rank_experts(source, imatrices["moe"], keep=6, score="output")]
-    options = {"band": 0.25, "n_chunks": 1, "n_threads": 1}
+    options = {"band": 0.25, "n_chunks": 2, "n_threads": 1}
     refined, before, after = refine(source, worst, importance, words, **options)
     assert all(len(r.kept) == 6 and r.kept == tuple(sorted(r.kept)) for r in refined)
     assert after < 0.9 * before, "the strongest experts were removed, so nearly any change is better"
     with Llama(gguf("moe"), n_ctx=512, n_threads=1) as llm:
-        ids = llm.tokenize(words.read_text(), add_bos=True)[:512]
+        ids = llm.tokenize(words.read_text(), add_bos=True)[512:1024]  # the chunk that judges
         reference = llm.logits(ids)[:-1]
+    with pytest.raises(InputError, match="cannot be halved"):
+        refine(source, worst, importance, words, n_chunks=1, n_threads=1)
     for rankings, kl in ((worst, before), (refined, after)):
         write_pruned(source, tmp_path / "out.gguf", rankings, "x", exact=True, overwrite=True)
         with Llama(tmp_path / "out.gguf", n_ctx=512, n_threads=1) as llm:
