@@ -67,10 +67,12 @@ def stock_types(path: Path) -> list[Type]:
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_init.argtypes = [ctypes.c_int]
 
     def bind(c_name: str, number: int, size: int) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
         dequantize = getattr(lib, f"dequantize_row_{c_name}")
         dequantize.argtypes = [pointer, pointer, count]
+        lib.ggml_quantize_init(number)  # the tables of the IQ types take seconds, once; they are no part of the time
 
         def round_trip(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
             x = np.ascontiguousarray(x)
