@@ -19,6 +19,9 @@
 
 #define N_STEPS  64
 #define N_STATES 256
+#ifndef CCQ_E_BITS_MAX // bench/ccq_trials.py wants one more
+#define CCQ_E_BITS_MAX 3
+#endif
 #define N_SEAM   24 // steps of the window from which the byte at the seam is read
 
 #ifdef CCQ_EXACT // what bench/ccq_encoder.py compares with: no search leaves a state out
@@ -226,7 +229,7 @@ typedef struct {
     int     n_rows;               // 256 << e_bits
     float   sigma[2];             // root mean square of the levels of a table
     float   y[2][4][N_STATES];    // levels of a table and plane, in the order of rotation
-    uint8_t start[8*N_STATES][4]; // where a row starts
+    uint8_t start[N_STATES << CCQ_E_BITS_MAX][4]; // where a row starts
 } ccq_trellis;
 
 typedef struct {
