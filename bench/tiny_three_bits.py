@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--bpw", type=float, default=3.0)
     parser.add_argument("--calibration", type=int, default=150, help="pictures of the importance matrix")
     parser.add_argument("--selection", type=int, default=40, help="pictures that plans are measured on")
-    parser.add_argument("--test", type=int, default=300, help="pictures that are asked about")
+    parser.add_argument("--test", type=int, default=200, help="pictures that are asked about")
     parser.add_argument("--stock-types", action="store_true", help="plan without the CCQ types")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

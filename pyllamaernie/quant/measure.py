@@ -83,10 +83,11 @@ def sample_tensor(
     *,
     seed: int = 0,
     n_rows: int = N_ROWS,
+    n_rows_max: int | None = None,
 ) -> dict[str, Sampled]:
     """Error of every type on the same rows of a tensor, twice as many until all are known well enough.
 
-    Types with a slow encoder start with fewer rows.
+    Types with a slow encoder start with fewer rows and end where the others start, known well or not.
 
     Shapes: columns (n_matrices, n_cols), shares (n_matrices,), how much each matrix counts.
     """
@@ -97,12 +98,14 @@ def sample_tensor(
     if (slow := [t for t in types if t in SLOW_TYPES]) and len(slow) < len(types):
         quick = [t for t in types if t not in SLOW_TYPES]
         found = sample_tensor(weights, quick, columns, shares, seed=seed, n_rows=n_rows)
-        found |= sample_tensor(weights, slow, columns, shares, seed=seed, n_rows=max(n_rows // SLOW, 1))
+        few = max(n_rows // SLOW, 1)
+        found |= sample_tensor(weights, slow, columns, shares, seed=seed, n_rows=few, n_rows_max=n_rows)
         return {name: found[name] for name in types}
     done: dict[str, Sampled] = {}
     while True:
         rows = _sample(weights, shares, n_rows, seed)
-        whole = sum(len(numbers) for numbers in rows.values()) == weights.n_rows
+        whole = all(len(numbers) == weights.rows_per_matrix for numbers in rows.values())
+        whole = whole or (n_rows_max is not None and n_rows >= n_rows_max)
         values = _load(weights, rows)
         for name in types:
             if name not in done:
