@@ -24,7 +24,7 @@ ERRORS = {"CCQ2": 0.08, "CCQ2_25": 0.06, "CCQ2_5": 0.045, "CCQ2_75": 0.033, "CCQ
 MEASURED = (
     "blk.1.ffn_up_exps.weight",
     "blk.1.attn_k.weight",
-)  # 200,000 weights: the encoder takes 12 us and more of each
+)  # 200,000 weights: the encoder takes 6 us and more of each
 NAMES = [
     *("CCQ2", "CCQ2_25", "CCQ2_B"),
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("CCQ2_5", "CCQ2_75")),

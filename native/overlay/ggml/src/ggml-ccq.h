@@ -100,7 +100,8 @@ int64_t ggml_ccq_find_bad(const float * x, int64_t n);
 int64_t ggml_ccq2_b_find_bad(const block_ccq2_b * x, int64_t n_blocks);
 
 // One type given by its constants, for the search of constants and the tests: n_blocks of 256 weights.
-// weights: as many importances, or NULL. beam: states kept while scales are searched, 1..256; the last pass keeps all.
+// weights: as many importances, or NULL. beam: states kept while scales are searched, 1..256, a sixth of them at first; the
+// last passes keep all (half of them where a step has eight refinements).
 void ggml_ccq_encode(const ggml_ccq_code * code, const float * x, const float * weights, int64_t n_blocks, int beam, uint8_t * dst);
 void ggml_ccq_decode(const ggml_ccq_code * code, const uint8_t * src, int64_t n_blocks, float * y);
 
