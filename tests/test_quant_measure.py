@@ -85,10 +85,10 @@ def test_sampling_ends_when_only_one_expert_counts(monkeypatch: pytest.MonkeyPat
     """Its rows are all there is, however little they say."""
     monkeypatch.setattr("pyllamaernie.quant.measure.STANDARD_ERROR", 0.0)  # never reached
     values = RNG.standard_normal((4, 8, 256)).astype(np.float32)
-    shares = np.array([0.0, 3.0, 0.0, 0.0])
-    found = sample_tensor(weights("w.weight", values), ["Q4_0"], None, shares)["Q4_0"]
+    shares, columns = np.array([0.0, 3.0, 0.0, 0.0]), np.ones((4, 256), np.float32)
+    found = sample_tensor(weights("w.weight", values), ["Q4_0"], columns, shares)["Q4_0"]
     assert found.n_rows == 8
-    assert found.error == pytest.approx(full_error("Q4_0", values[1:2], np.ones((1, 256), np.float32), np.ones(1)))
+    assert found.error == pytest.approx(full_error("Q4_0", values, columns, shares), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(10))
