@@ -42,7 +42,7 @@ def _sizes(plan: ModelPlan, curve: Sequence[tuple[int, float]]) -> Figure:
     if plan.kl_measured is not None:
         axes.plot(plan.size_bytes / scale, plan.kl_measured, "D", color=OURS, label="this plan, measured")
     for kind, colour, shape in (("stock ", STOCK, "o"), ("all ", SINGLE, "s"), ("experts ", BY_HAND, "^")):
-        points = [b for b in plan.baselines if b.name.startswith(kind) and b.kl is not None]
+        points = [b for b in plan.baselines if b.name.startswith(kind)]
         label = f"{LABELS[kind]}, measured"
         if points:
             axes.plot([b.size_bytes / scale for b in points], [b.kl for b in points], shape, color=colour, label=label)

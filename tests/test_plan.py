@@ -161,6 +161,15 @@ def test_model_beyond_the_memory_is_not_run(model: Path, text: Path, monkeypatch
     assert plan.kl_measured is None and any("are free" in note for note in plan.notes)
 
 
+def test_importance_of_another_model_is_refused(model: Path, imatrix: Path) -> None:
+    good = read_importance(imatrix)
+    name = "blk.1.attn_q.weight"
+    for columns in ({"other.weight": np.ones((1, 256))}, {**good.columns, name: np.ones((1, 128), np.float32)}):
+        counts = {name: np.array([9]) for name in columns}
+        with pytest.raises(InputError, match="made with another model"):
+            make_plan(model, bpw=5, importance=Importance(imatrix, columns, counts, (), 1), probe="none", types=FAST)
+
+
 def test_gate_and_up_have_one_type(guess: Planner) -> None:
     types = guess.plan(guess.size_of(3.7)).types
     for name in types:

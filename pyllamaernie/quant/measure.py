@@ -199,14 +199,21 @@ def measure(
 ) -> ErrorTable:
     """Errors of all quantizable tensors in all types they can have. `cache` is a folder that keeps the table.
 
-    Raises: InputError for a source that is quantized already or an unknown type; QuantizeError for weights that are not
-        finite.
+    Raises: InputError for a source that is quantized already, an unknown type, an importance matrix of another model;
+        QuantizeError for weights that are not finite.
     """
     chosen = [w for w in source.weights if is_quantizable(w)]
     if quantized := next((w for w in chosen if native.TYPES[w.type].is_quantized), None):
         raise InputError(
             f"{source.path}: {quantized.name} is {quantized.type} already; plan from the model in F32, F16 or BF16"
         )
+    for w in chosen if importance is not None else ():
+        n = importance.columns[w.name].size if w.name in importance.columns else w.n_matrices * w.n_cols
+        if n != w.n_matrices * w.n_cols:
+            raise InputError(
+                f"{importance.path}: {w.name} has importance of {n} columns, the model has {w.n_matrices} x "
+                f"{w.n_cols}; it was made with another model"
+            )
     jobs = [(w, candidate_types(w, importance, types)) for w in chosen]
     about = [source.fingerprint, importance.digest() if importance else "", n_rows, seed, [t for _, t in jobs]]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

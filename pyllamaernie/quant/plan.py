@@ -59,14 +59,14 @@ PRESETS += ("Q8_0",)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A file that anybody could make without a plan, its size, and its KL on the selection data if it was run.
+    """A file that anybody could make without a plan, its size, and its KL on the selection data.
 
     Its name begins with its kind: stock (a preset), all (one type), experts (a low type for them, a high for the rest).
     """
 
     name: str
     size_bytes: int
-    kl: float | None
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ class Planner:
         self.runs: list[tuple[float, float]] = []  # see ModelPlan
         self._known: dict[str, dict[str, str]] | None = None
         self._bar = _Bar(progress)
+        self.header = header_bytes(self.source, self.importance, {})  # also notices a foreign importance matrix
         self.n_threads = n_threads = n_threads or n_cpu()
         with self._bar.stage("errors of types", len(quantizable_names(self.source))) as step:
             self.errors: ErrorTable = measure(
@@ -220,7 +221,6 @@ class Planner:
                 cache=cache,
                 on_tensor=lambda done, total: step(),
             )
-        self.header = header_bytes(self.source, self.importance, {})
         self.items = items_of(quantizable_names(self.source))
         self.groups = groups_of(self.items, each=probe == "each")
         self.probe: Probe | None = None
@@ -284,7 +284,7 @@ class Planner:
         source, measured = "solved", None
         if self.probe is not None:
             measured, curves, solved = self._measured(curves, solved, size_bytes, header, bits)
-        if self.baselines:
+        if self.baselines and measured is not None:
             found, better = self._baselines(size_bytes, measured)
             if better is not None:
                 source, types, measured = better
@@ -419,7 +419,7 @@ class Planner:
     # ---- what anybody could make
 
     def _baselines(
-        self, size_bytes: int, measured: float | None
+        self, size_bytes: int, measured: float
     ) -> tuple[list[Baseline], tuple[str, dict[str, str], float] | None]:
         """The two largest known plans of each kind that fit, and the best if it beats the plan.
 
@@ -435,17 +435,15 @@ class Planner:
         found, better = [], None
         with self._bar.stage("stock presets", len(kept)) as step:
             for n_bytes, name, types in kept:
-                kl = None if self.probe is None else self._run(types)
+                kl = self._run(types)
                 found.append(Baseline(name, n_bytes, kl))
-                fits = n_bytes <= size_bytes and kl is not None and measured is not None
-                if fits and kl < (better[2] if better else measured):
+                if n_bytes <= size_bytes and kl < (better[2] if better else measured):
                     better = (name, types, kl)
                 step()
         for b in found:
             # llama-quantize writes fewer keys than we do, so a preset's own size may be too small for its own types
-            if b.kl is not None and measured is not None and size_bytes < b.size_bytes <= size_bytes + N_KEYS_BYTES:
-                if b.kl < measured:
-                    self._close.append(f"{b.name} would be better and takes {b.size_bytes - size_bytes} bytes more")
+            if size_bytes < b.size_bytes <= size_bytes + N_KEYS_BYTES and b.kl < measured:
+                self._close.append(f"{b.name} would be better and takes {b.size_bytes - size_bytes} bytes more")
         return found, better
 
     def known_plans(self) -> dict[str, dict[str, str]]:
