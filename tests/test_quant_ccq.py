@@ -138,7 +138,7 @@ def test_viterbi_finds_the_cheapest_of_all_paths():
     assert total[qs[1], e[0], e[1]] == total.min()
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NATIVE[2:])])
 def test_no_other_byte_would_lower_the_error(name):
     x, blocks = gauss(1), ccq.encode(name, gauss(1))
     code = ccq.CODES[name]
@@ -158,7 +158,13 @@ def test_no_other_byte_would_lower_the_error(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("CCQ2", 0.0745), ("CCQ2_25", 0.0545), ("CCQ2_5", 0.0395), ("CCQ2_75", 0.0295)]
+    ("name", "most"),
+    [
+        ("CCQ2", 0.0745),
+        ("CCQ2_25", 0.0545),
+        pytest.param("CCQ2_5", 0.0395, marks=pytest.mark.slow),
+        pytest.param("CCQ2_75", 0.0295, marks=pytest.mark.slow),
+    ],
 )
 def test_gaussian_error_is_near_the_measured_one(name, most):
     x = gauss(3)
