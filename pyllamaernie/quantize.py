@@ -7,6 +7,7 @@ size), importance of the columns (`imatrix`), and the writer (`quant/writer.py`)
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import signal
 import sys
@@ -324,9 +325,14 @@ def _sized(
 ) -> tuple[Choice, Importance]:
     """Everything from a size to types: importance, unless given, and the plan."""
     from pyllamaernie.plan import parse_size, rules_of
-    from pyllamaernie.quantize_size import make_plan, measured_importance, runnable
+    from pyllamaernie.quantize_size import kept_plan, make_plan, measured_importance, runnable
 
     rules, size_bytes = rules_of(args), None if args.size is None else parse_size(args.size)
+    names = ("size", "bpw", "fit", "ctx", "kv_type", "reserve", "pin", "min", "max", "types", "file", "image", "images")
+    request = json.dumps({name: getattr(args, name) for name in (*names, "prompt", "imatrix")})
+    known = kept_plan(source, output, None if args.imatrix is None else Path(args.imatrix), request)
+    if known is not None and not args.no_resume:
+        return Choice(known[0].types, (), ("the plan is that of the interrupted run",)), known[1]
     options = {"n_threads": args.threads, "progress": _shows_progress(args)}
     with _samples(args) as samples, runnable(source, folder, output) as seen:
         if args.fit:
@@ -336,7 +342,9 @@ def _sized(
             imatrix, notes = measured_importance(seen.path, samples, output, overwrite=args.overwrite, **options)
         types = None if args.types is None else args.types.split(",")
         wanted = {"size_bytes": size_bytes, "bpw": args.bpw, "rules": rules, "types": types}
-        plan, importance = make_plan(seen, output, imatrix=imatrix, samples=samples, **wanted, **options)
+        plan, importance = make_plan(
+            seen, output, imatrix=imatrix, samples=samples, request=request, **wanted, **options
+        )
     return Choice(plan.types, (), (*notes, *plan.notes)), importance
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pyllamaernie.errors import PyllamaernieError
 from pyllamaernie.quant.budget import Rule
 from pyllamaernie.quant.importance import Importance, read_importance
-from pyllamaernie.quant.journal import part_path
+from pyllamaernie.quant.journal import part_path, request_path
 from pyllamaernie.quant.plan import ModelPlan, Planner
 from pyllamaernie.quant.source import ModelSource
 from pyllamaernie.quantize_hf import HfModel, write_beside
@@ -110,24 +110,19 @@ def make_plan(
     bpw: float | None,
     imatrix: Path,
     samples: Samples,
+    request: str,
     rules: Sequence[Rule] = (),
     types: Sequence[str] | None = None,
     n_threads: int | None = None,
     progress: bool = False,
 ) -> tuple[ModelPlan, Importance]:
-    """The plan for a size, made anew or that of an interrupted run; it and its report are written beside the output.
+    """The plan for a size; it and its report are written beside the output, and `request`, for `kept_plan`.
 
     Raises: BudgetError, InputError, QuantizeError.
     """
     from pyllamaernie.plan_report import write_report
 
-    importance = read_importance(imatrix)
-    path = beside(output, ".plan.json")
-    if part_path(output).is_file():
-        known = _kept_plan(path, source, importance, size_bytes)
-        if known is not None:
-            log.info("%s: the plan of the interrupted run", path)
-            return known, importance
+    importance, path = read_importance(imatrix), beside(output, ".plan.json")
     with Planner(
         source,
         importance=importance,
@@ -141,6 +136,7 @@ def make_plan(
         plan = planner.plan(planner.size_of(bpw) if size_bytes is None else size_bytes)
         write_text(path, plan.to_json())
         write_report(plan, planner, beside(output, ".plan.md"))
+    write_text(request_path(output), request)
     return plan, importance
 
 
@@ -156,10 +152,18 @@ def write_text(path: Path, text: str) -> None:
         os.replace(Path(folder) / path.name, path)
 
 
-def _kept_plan(path: Path, source: ModelSource, importance: Importance, size_bytes: int | None) -> ModelPlan | None:
+def kept_plan(
+    source: ModelSource, output: Path, imatrix: Path | None, request: str
+) -> tuple[ModelPlan, Importance] | None:
+    """Plan and importance of an interrupted run that was asked the same about the same files; None if there is none."""
+    if not part_path(output).is_file():
+        return None
     try:
-        plan = ModelPlan.from_json(path.read_text(encoding="utf-8"))
+        if request_path(output).read_text(encoding="utf-8") != request:
+            return None
+        plan = ModelPlan.from_json(beside(output, ".plan.json").read_text(encoding="utf-8"))
+        importance = read_importance(imatrix or beside(output, ".imatrix.gguf"))
     except (OSError, PyllamaernieError):
         return None
     same = plan.fingerprint == source.fingerprint and plan.importance == importance.digest()
-    return plan if same and size_bytes in (None, plan.budget_bytes) else None
+    return (plan, importance) if same else None

@@ -273,6 +273,34 @@ def test_a_model_that_fits_as_it_is_stays_as_it_is(
 
 
 @pytest.mark.slow
+def test_an_interrupted_size_is_not_planned_twice(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyllamaernie import quantize_size
+    from pyllamaernie.quant import writer
+
+    out, real = tmp_path / "out.gguf", writer.run_job
+    words = (model, "-o", out, "--bpw", 5, "-f", text, "--types", "Q4_K,Q6_K,Q8_0", "--threads", 1)
+
+    def stops(job, **options):
+        def on_progress(progress: writer.Progress) -> None:
+            if progress.n_bytes > 100_000:
+                raise KeyboardInterrupt
+
+        return real(job, **{**options, "on_progress": on_progress})
+
+    monkeypatch.setattr(writer, "run_job", stops)
+    assert quantize(*words) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err and not out.exists()
+    monkeypatch.setattr(writer, "run_job", real)
+    monkeypatch.setattr(quantize_size, "Planner", None)  # would fail when called
+    assert quantize(*words) == 0
+    said_ = capsys.readouterr()
+    assert "the plan is that of the interrupted run" in said_.err and "from before" in said_.out
+    assert out.exists() and not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.slow
 def test_a_type_that_needs_importance_gets_it_measured(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,9 +33,14 @@ def journal_path(output: Path) -> Path:
     return output.with_name(output.name + ".part.journal")
 
 
+def request_path(output: Path) -> Path:
+    """What was asked for, where more than the writer's job has to be the same to go on (`quantize_size.py`)."""
+    return output.with_name(output.name + ".part.request")
+
+
 def discard(output: Path) -> None:
     """Remove what an earlier run left of an output."""
-    for path in (part_path(output), journal_path(output)):
+    for path in (part_path(output), journal_path(output), request_path(output)):
         path.unlink(missing_ok=True)
 
 
