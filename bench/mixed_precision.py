@@ -29,6 +29,8 @@ from pyllamaernie import programs  # noqa: E402
 from pyllamaernie.compare import compare  # noqa: E402
 from pyllamaernie.imatrix import compute_imatrix  # noqa: E402
 from pyllamaernie.quant.importance import read_importance  # noqa: E402
+from pyllamaernie.quant.measure import DOMINATED, SLOW_TYPES  # noqa: E402
+from pyllamaernie.quant.native import TYPES  # noqa: E402
 from pyllamaernie.quant.plan import ModelPlan, Planner  # noqa: E402
 from pyllamaernie.quant.source import gguf_source  # noqa: E402
 from pyllamaernie.quant.writer import write_quantized  # noqa: E402
@@ -138,11 +140,9 @@ def main() -> int:
     work = args.work or args.model / "mixed-precision"
     work.mkdir(exist_ok=True)
     options = {"probe": args.probe, "n_trials": args.trials, "n_threads": args.threads}
-    if args.stock_types:
-        from pyllamaernie.quant.measure import DOMINATED
-        from pyllamaernie.quant.native import TYPES
-
-        options["types"] = [t for t in TYPES if t not in DOMINATED and not t.startswith("CCQ") and t != "F32"]
+    options["types"] = [
+        t for t in TYPES if t not in DOMINATED and t != "F32" and not (args.stock_types and t in SLOW_TYPES)
+    ]
     model, imatrix = args.model / "text-moe-f16.gguf", work / "imatrix.gguf"
     if not imatrix.exists():
         text = args.model / "calibration.txt"

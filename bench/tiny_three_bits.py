@@ -24,6 +24,8 @@ from pyllamaernie import Llama  # noqa: E402
 from pyllamaernie.convert import convert  # noqa: E402
 from pyllamaernie.imatrix import compute_imatrix  # noqa: E402
 from pyllamaernie.quant.job import plan_job  # noqa: E402
+from pyllamaernie.quant.measure import DOMINATED, SLOW_TYPES  # noqa: E402
+from pyllamaernie.quant.native import TYPES  # noqa: E402
 from pyllamaernie.quant.plan import Planner  # noqa: E402
 from pyllamaernie.quant.writer import write_quantized  # noqa: E402
 
@@ -71,12 +73,7 @@ def main() -> int:
     if not imatrix.exists():
         pictures = [(image, question) for image, question, _ in questions(args.calibration, SEEDS["calibration"])]
         compute_imatrix(model, None, imatrix, pictures=pictures, n_threads=args.threads, progress=True)
-    types = None
-    if args.stock_types:
-        from pyllamaernie.quant.measure import DOMINATED
-        from pyllamaernie.quant.native import TYPES
-
-        types = [t for t in TYPES if t not in DOMINATED and not t.startswith("CCQ") and t != "F32"]
+    types = [t for t in TYPES if t not in DOMINATED and t != "F32" and not (args.stock_types and t in SLOW_TYPES)]
     pictures = [(image, question) for image, question, _ in questions(args.selection, SEEDS["selection"])]
     with Planner(
         model,

@@ -104,7 +104,9 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
     ):
         group.add_argument(f"--{kind}", action="append", default=[], metavar="REGEX=TYPE", help=text)
     group.add_argument(
-        "--types", metavar="LIST", help="only these, such as Q4_K,Q6_K,Q8_0: what a stock llama.cpp can load has no CCQ"
+        "--types",
+        metavar="LIST",
+        help="only these, such as Q4_K,Q6_K,Q8_0 (default: all that any llama.cpp loads; CCQ types have to be named)",
     )
 
 
