@@ -28,8 +28,8 @@ from pyllamaernie.quant.source import ModelSource, Weights
 N_ROWS = 512  # sampled from a tensor at first
 N_ROWS_SLICE = 4  # at least, of each expert
 STANDARD_ERROR = 0.03  # sampling doubles until the error is known to this share of it
-# Encoders of microseconds a weight, sampled on so much fewer rows at first. Candidates only when asked for: probes imitate
-# them, and the KL of a real file was 1.9 times as large as with imitated weights of the same error (docs/quantize.md).
+# Encoders of microseconds a weight, sampled on SLOW times fewer rows at first. Candidates only when asked for: probes
+# imitate them, and the KL of a real file was 1.9 times that of imitated weights of the same error (docs/quantize.md).
 SLOW_TYPES = frozenset({"CCQ2", "CCQ2_25", "CCQ2_5", "CCQ2_75"})
 SLOW = 8
 
