@@ -82,7 +82,6 @@ def gguf_read(path: str) -> dict[str, Any]:
 def log_set_level(level: int) -> None: ...
 def log_drain() -> tuple[list[tuple[int, int, str]], int]: ...
 def supports_gpu_offload() -> bool: ...
-
 def quant_types() -> list[tuple[str, int, int, int, bool, bool]]:
     """Types that store weights: (name, id, block size, block bytes, is quantized, encoder demands importance data)."""
 
@@ -102,7 +101,6 @@ def tensor_data(engine: LoadedModel, name: str) -> npt.NDArray[np.uint8]:
     """A tensor of the loaded model, in its own type. Raises ValueError when it is mapped or repacked."""
 
 def set_tensor_data(engine: LoadedModel, name: str, data: npt.NDArray[np.uint8]) -> None: ...
-
 
 RPC_VERSION: tuple[int, int, int]
 

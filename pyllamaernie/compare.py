@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllamaernie.errors import EXIT_USAGE, InputError
-from pyllamaernie.samples import QUESTION, asked_pictures, read_text, wrong_prompts
+from pyllamaernie.samples import add_pictures, asked_pictures, read_text, wrong_prompts
 
 if TYPE_CHECKING:
     from pyllamaernie.compare_table import ComparisonTable
@@ -96,15 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text, cut into chunks; what is left over is dropped")
     data.add_argument("--ctx", type=int, default=N_CTX, metavar="N", help=f"tokens in a chunk (default: {N_CTX})")
     data.add_argument("--chunks", type=int, metavar="N", help="at most this many chunks of the text (default: all)")
-    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
-    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    data.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
-    )
+    add_pictures(data)
     model = parser.add_argument_group("models")
     model.add_argument(
         "--mmproj",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyllamaernie.errors import EXIT_USAGE, InputError, PyllamaernieError, UnsupportedInputError
-from pyllamaernie.samples import QUESTION, asked_pictures, read_text, wrong_prompts
+from pyllamaernie.samples import add_pictures, asked_pictures, read_text, wrong_prompts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,15 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--rpc", metavar="HOST:PORT,...", help="spread the layers over these workers (pyllamaernie rpc)")
     data = parser.add_argument_group("calibration data")
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text, cut into chunks; what is left over is dropped")
-    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    data.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
-    )
-    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
+    add_pictures(data)
     data.add_argument("--chunk", type=int, default=CHUNK, metavar="N", help=f"tokens in a chunk (default: {CHUNK})")
     data.add_argument("--chunks", type=int, metavar="N", help="at most this many chunks of the text (default: all)")
     output = parser.add_argument_group("output")

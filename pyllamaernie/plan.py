@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from pyllamaernie.errors import EXIT_USAGE, InputError
-from pyllamaernie.samples import QUESTION, asked_pictures, wrong_prompts
+from pyllamaernie.samples import add_pictures, asked_pictures, wrong_prompts
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * (i + 1) for i, u in enumerate("kmgt")}
@@ -60,15 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--imatrix", metavar="FILE", help="importance of the columns, from `pyllamaernie imatrix`")
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text that plans are measured on")
-    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
-    data.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
-    )
+    add_pictures(data)
     data.add_argument(
         "--mmproj", metavar="FILE", default="auto", help="projector for pictures (default: the one beside the model)"
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from pyllamaernie.errors import EXIT_INTERRUPTED, EXIT_USAGE, InputError
 from pyllamaernie.plan import add_budget, add_limits
-from pyllamaernie.samples import QUESTION, asked_pictures, wrong_prompts
+from pyllamaernie.samples import add_pictures, asked_pictures, wrong_prompts
 
 if TYPE_CHECKING:
     from pyllamaernie._upstream import Key
@@ -168,15 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "text, or a type below three bits",
     )
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text to measure on (default: one from this package)")
-    data.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    data.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
-    data.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
-    )
+    add_pictures(data)
     fit = parser.add_argument_group("the machine (--fit)")
     fit.add_argument("--ctx", type=int, default=4096, metavar="N", help="tokens of context (default: 4096)")
     fit.add_argument("--kv-type", default="f16", metavar="NAME", help="type of the KV cache (default: f16)")

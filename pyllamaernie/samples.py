@@ -1,4 +1,4 @@
-"""Texts and pictures that a model is measured on, as the verbs `imatrix` and `compare` take them."""
+"""Texts and pictures that a model is measured on, as every verb that measures takes them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def folder_pictures(folder: str | None) -> list[Path]:
     if not found:
         raise InputError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
     return found
+
+
+def add_pictures(group: argparse._ArgumentGroup) -> None:
+    """--image, --images and --prompt, for `asked_pictures`."""
+    group.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    group.add_argument("--images", metavar="FOLDER", help="every picture of a folder")
+    group.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"the question for a picture: one for each --image, or one for all (default: {QUESTION})",
+    )
 
 
 def wrong_prompts(args: argparse.Namespace) -> str | None:

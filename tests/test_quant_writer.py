@@ -30,7 +30,7 @@ from pyllamaernie.errors import (
     ModelNotFoundError,
     QuantizeError,
 )
-from pyllamaernie.quant import native
+from pyllamaernie.quant import native, writer
 from pyllamaernie.quant.importance import read_importance
 from pyllamaernie.quant.job import plan_job
 from pyllamaernie.quant.journal import journal_path, part_path
@@ -213,6 +213,18 @@ def test_a_quantized_source_needs_permission(model: Path, tmp_path: Path) -> Non
 # ---- interruptions
 
 
+@pytest.fixture
+def slow_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces take 20 ms each, so that an interruption comes in the middle of a small model."""
+    encoded = writer._encoded
+
+    def slowly(*args):
+        time.sleep(0.02)
+        return encoded(*args)
+
+    monkeypatch.setattr(writer, "_encoded", slowly)
+
+
 def stop_after(n: int):
     """An on_progress that cancels once a few pieces are written."""
 
@@ -222,6 +234,7 @@ def stop_after(n: int):
     return on_progress
 
 
+@pytest.mark.usefixtures("slow_pieces")
 def test_a_cancelled_job_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
     types = dict.fromkeys(random_types(model, 0, FAST), "Q5_K")
     whole = write_quantized(gguf_source(model), types, tmp_path / "whole.gguf", n_threads=1).path.read_bytes()
@@ -244,6 +257,7 @@ def test_a_cancelled_job_goes_on_where_it_was(model: Path, tmp_path: Path) -> No
     assert leftovers(out) == [out]
 
 
+@pytest.mark.usefixtures("slow_pieces")
 def test_another_job_does_not_go_on_from_it(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     types = dict.fromkeys(random_types(model, 0, FAST), "Q5_K")
@@ -256,6 +270,7 @@ def test_another_job_does_not_go_on_from_it(model: Path, tmp_path: Path) -> None
     assert out.read_bytes() == (tmp_path / "clean.gguf").read_bytes()
 
 
+@pytest.mark.usefixtures("slow_pieces")
 def test_without_resume_an_interruption_leaves_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     types = dict.fromkeys(random_types(model, 0, FAST), "Q5_K")
