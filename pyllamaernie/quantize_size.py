@@ -57,13 +57,13 @@ def runnable(source: ModelSource, folder: HfModel | None, output: Path) -> Itera
     from pyllamaernie.quant.writer import write_quantized
 
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as home:
-        path = Path(home) / "model.gguf"
+        path = Path(home) / f"{folder.source.path.resolve().name}.gguf"  # reports name the model by it
         log.info("%s: a 16-bit GGUF is made for measuring, and removed afterwards", folder.source.path)
         write_quantized(source, {}, path, resume=False)
         moved = tuple(replace(file, path=Path(home) / file.path.name) for file in folder.beside)
         for made in write_beside(replace(folder, beside=moved), overwrite=True):
             if made.name.startswith("mmproj-"):
-                os.replace(made, path.with_name("mmproj-model.gguf"))
+                os.replace(made, path.with_name(f"mmproj-{path.name}"))
         yield replace(source, path=path)
 
 
