@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ccq_speed import TYPES, llama_bench, n_bytes_read, write_model
+from ccq_speed import TYPES, llama_bench, n_bytes_read, write_models
 from tqdm import tqdm
 
 from pyllamaernie import _core
@@ -100,14 +100,7 @@ def main() -> int:
     if not devices:
         sys.exit(f"no CUDA device; this build sees {_core.gpu_devices(False) or 'no device at all'}")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        models = {name: folder / f"{name}-{args.layers}.gguf" for name in args.types}
-        for name, path in tqdm(models.items(), desc="writing models"):
-            if not path.exists():
-                partial = path.with_suffix(".part")
-                write_model(partial, TensorType[name], args.layers)
-                partial.rename(path)
+        models = write_models(args.folder or Path(temporary), args.types, args.layers)
         if args.tiles is None:
             table = medians(models, args)
             show(table, "IQ2_XXS" if "IQ2_XXS" in table else next(iter(table)))

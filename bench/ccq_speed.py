@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import gguf
@@ -213,6 +214,18 @@ def run_bench(model: Path, args: argparse.Namespace, clock: Path) -> dict[str, f
     return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
 
 
+def write_models(folder: Path, types: Iterable[str], n_layer: int) -> dict[str, Path]:
+    """A model per type in the folder; those that are there are taken as they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {name: folder / f"{name}-{n_layer}.gguf" for name in types}
+    for name, path in tqdm(models.items(), desc="writing models"):
+        if not path.exists():
+            partial = path.with_suffix(".part")
+            write_model(partial, TensorType[name], n_layer)
+            partial.rename(path)
+    return models
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -228,15 +241,8 @@ def main() -> int:
     parser.add_argument("--bench", nargs=argparse.REMAINDER, default=[], help="the rest goes to llama-bench")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
         reader = load_reader(Path(temporary))
-        models = {name: folder / f"{name}-{args.layers}.gguf" for name in args.types}
-        for name, path in tqdm(models.items(), desc="writing models"):
-            if not path.exists():
-                partial = path.with_suffix(".part")
-                write_model(partial, TensorType[name], args.layers)
-                partial.rename(path)
+        models = write_models(args.folder or Path(temporary), args.types, args.layers)
         speeds = {name: {"decode": [], "prefill": []} for name in args.types}
         bandwidths = []
         clock = compile_c(CLOCK, Path(temporary) / "clock.so")

@@ -24,6 +24,19 @@ def folder() -> Path:
     return path
 
 
+def subfolder(name: str) -> Path:
+    path = folder() / name
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def random_words(path: Path, n: int) -> Path:
+    """A text of `n` words that the vocabulary knows."""
+    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
+    path.write_text(" ".join(np.random.default_rng(7).choice(words, n)) + "\n")
+    return path
+
+
 @functools.cache
 def gguf(kind: str) -> Path:
     """The F32 file of one kind; for `vl` its mmproj lies beside it. Untied, so that answers vary."""

@@ -14,7 +14,7 @@ import checkpoints
 import numpy as np
 import PIL.Image
 import pytest
-from gguf_models import QUESTION, gguf, image_ids, picture, question
+from gguf_models import QUESTION, gguf, image_ids, picture, question, random_words
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
 from pyllamaernie import Llama, compare_run, programs
@@ -32,10 +32,7 @@ PICTURES = [(picture(84, 112, seed=seed), QUESTION) for seed in range(2)]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    path = tmp_path_factory.mktemp("compare") / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(7).choice(words, 700)) + "\n")
-    return path
+    return random_words(tmp_path_factory.mktemp("compare") / "text.txt", 700)
 
 
 def quantized(kind: str, type_: str) -> Path:

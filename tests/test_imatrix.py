@@ -13,7 +13,7 @@ import gguf as gguf_py
 import numpy as np
 import PIL.Image
 import pytest
-from gguf_models import gguf, picture
+from gguf_models import gguf, picture, random_words
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
 from pyllamaernie import Llama, programs
@@ -27,11 +27,7 @@ PICTURES = [(picture(84, 112, seed=seed), "What is in the picture?") for seed in
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    rng = np.random.default_rng(7)
-    path = tmp_path_factory.mktemp("imatrix") / "text.txt"
-    path.write_text(" ".join(rng.choice(words, 700)) + "\n")
-    return path
+    return random_words(tmp_path_factory.mktemp("imatrix") / "text.txt", 700)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, object]]:

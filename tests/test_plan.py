@@ -40,9 +40,7 @@ SHAPE = checkpoints.Shape(
 
 @pytest.fixture(scope="module")
 def home() -> Path:
-    path = gguf_models.folder() / "plan"
-    path.mkdir(exist_ok=True)
-    return path
+    return gguf_models.subfolder("plan")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +50,7 @@ def model(home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def text(home: Path) -> Path:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    path = home / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(7).choice(words, 1500)) + "\n")
-    return path
+    return gguf_models.random_words(home / "text.txt", 1500)
 
 
 @pytest.fixture(scope="module")

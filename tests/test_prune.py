@@ -13,7 +13,7 @@ import checkpoints
 import gguf_models
 import numpy as np
 import pytest
-from gguf_models import gguf
+from gguf_models import gguf, random_words
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
 from pyllamaernie import Llama, _upstream, programs
@@ -33,10 +33,7 @@ IDS = [5, 60, 200, 17, 300, 42, 90, 7, 150, 33, 410, 8, 77, 123, 61, 250]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    path = tmp_path_factory.mktemp("prune") / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(7).choice(words, 700)) + "\n")
-    return path
+    return random_words(tmp_path_factory.mktemp("prune") / "text.txt", 700)
 
 
 @pytest.fixture(scope="module")
@@ -92,20 +89,31 @@ def with_key(path: Path, out: Path, name: str, value: int) -> Path:
 # ---- pruned = masked
 
 
+def in_type(kind: str, type_: str, folder: Path) -> Path:
+    """The model of one kind, quantized unless `type_` is its own."""
+    if type_ == "f32":
+        return gguf(kind)
+    path = folder / "q.gguf"
+    programs.run("llama-quantize", [gguf(kind), path, type_, 1], capture=True, timeout=60)
+    return path
+
+
+def removed_experts(rankings: list[Ranking]) -> dict[str, dict[int, list[int]]]:
+    """By pool and layer."""
+    return {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
+
+
 @pytest.mark.parametrize("type_", ["f32", "q8_0"])
 @pytest.mark.parametrize("kind", ["moe", "vl"])
 def test_pruned_model_is_the_whole_one_with_masked_experts(
     kind: str, type_: str, imatrices: dict[str, Path], tmp_path: Path
 ) -> None:
     """With even biases. Probabilities over fewer experts are all larger by one factor, which renormalizing removes."""
-    path = gguf(kind)
-    if type_ != "f32":
-        path = tmp_path / "q.gguf"
-        programs.run("llama-quantize", [gguf(kind), path, type_, 1], capture=True, timeout=60)
+    path = in_type(kind, type_, tmp_path)
     whole = copy(path, tmp_path / "whole.gguf", biases(path, {}))
     result, rankings = prune(whole, imatrices[kind], tmp_path / "pruned.gguf", keep=5, score="energy", force=True)
     assert result.n_expert == 5 and not any("bias" in line for line in result.warnings)
-    removed = {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
+    removed = removed_experts(rankings)
     copy(path, tmp_path / "masked.gguf", biases(path, removed))
     expected, pruned = logits(tmp_path / "masked.gguf", kind), logits(tmp_path / "pruned.gguf", kind)
     assert np.abs(pruned - expected).max() < 1e-3 * expected.std()
@@ -118,13 +126,10 @@ def test_exact_pruning_is_masking_with_any_bias(
     kind: str, type_: str, imatrices: dict[str, Path], tmp_path: Path
 ) -> None:
     """The routers stay whole, so that the choice among the kept experts is that of the whole model."""
-    path = gguf(kind)
-    if type_ != "f32":
-        path = tmp_path / "q.gguf"
-        programs.run("llama-quantize", [gguf(kind), path, type_, 1], capture=True, timeout=60)
+    path = in_type(kind, type_, tmp_path)
     result, rankings = prune(path, imatrices[kind], tmp_path / "exact.gguf", keep=5, exact=True, force=True)
     assert result.n_expert == 5 and not result.warnings
-    removed = {pool: {r.layer: list(r.removed) for r in rankings if r.pool == pool} for pool in ("text", "vision")}
+    removed = removed_experts(rankings)
     copy(path, tmp_path / "masked.gguf", biases(path, removed, even=False))
     expected, exact = logits(tmp_path / "masked.gguf", kind), logits(tmp_path / "exact.gguf", kind)
     np.testing.assert_array_equal(exact, expected)  # same operations in the same order

@@ -48,9 +48,7 @@ ALL = [t for t in native.TYPES if t in KNOWN - {"F32", "F16"} and not t.startswi
 
 @pytest.fixture(scope="module")
 def home() -> Path:
-    path = gguf_models.folder() / "writer"
-    path.mkdir(exist_ok=True)
-    return path
+    return gguf_models.subfolder("writer")
 
 
 @pytest.fixture(scope="module")

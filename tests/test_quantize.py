@@ -12,7 +12,6 @@ from pathlib import Path
 import checkpoints
 import gguf as gguf_py
 import gguf_models
-import numpy as np
 import pytest
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
@@ -32,9 +31,7 @@ SHAPE = checkpoints.Shape(
 
 @pytest.fixture(scope="module")
 def home() -> Path:
-    path = gguf_models.folder() / "quantize"
-    path.mkdir(exist_ok=True)
-    return path
+    return gguf_models.subfolder("quantize")
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,7 @@ def model(home: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def text(home: Path) -> Path:
-    words = "red blue circle star picture what is the in Hello large small 42 17 green User Assistant".split()
-    path = home / "text.txt"
-    path.write_text(" ".join(np.random.default_rng(7).choice(words, 1500)) + "\n")
-    return path
+    return gguf_models.random_words(home / "text.txt", 1500)
 
 
 def quantize(*words: object) -> int:
