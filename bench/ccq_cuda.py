@@ -15,19 +15,21 @@ Never run so far: there was no CUDA device.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import paths  # noqa: F401
+
 from ccq_speed import TYPES, llama_bench, n_bytes_read, write_models
-from tqdm import tqdm
+from turns import medians, take_turns
 
 from pyllamaernie import _core
-from pyllamaernie._upstream import TensorType
+from pyllamaernie.gguf.file import TensorType
 
 TILES = "GGML_CUDA_CCQ_TILES_MAX"  # read by ccq.cu
 BATCHES = (1, 4, 8)  # tokens decoded at once: what several users or a draft model ask for
@@ -53,21 +55,17 @@ def check(device: str) -> int:
 def speeds(model: Path, args: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of one round."""
     words = ("-ngl", "99", *args.bench)
-    rows = llama_bench(model, 1, args.prompt, args.tokens, *words)
-    found = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
+    found = llama_bench(model, 1, args.prompt, args.tokens, *words)
     for n in BATCHES[1:]:
-        (row,) = llama_bench(model, 1, 16 * n, 0, *words, "-b", str(n), "-ub", str(n))
-        found[f"{n} at once"] = row["avg_ts"]
+        batch = llama_bench(model, 1, 16 * n, 0, *words, "-b", str(n), "-ub", str(n))
+        found[f"{n} at once"] = batch["prefill"]
     return found
 
 
-def medians(models: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measured(models: dict[str, Path], args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Medians over rounds in which the models take turns."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    for _ in tqdm(range(args.rounds), desc="rounds"):
-        for name, path in models.items():
-            runs[name].append(speeds(path, args))
-    return {name: {what: statistics.median(r[what] for r in some) for what in some[0]} for name, some in runs.items()}
+    works = {name: functools.partial(speeds, path, args) for name, path in models.items()}
+    return medians(take_turns(works, args.rounds, progress=True))
 
 
 def show(table: dict[str, dict[str, float]], base: str) -> None:
@@ -102,7 +100,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         models = write_models(args.folder or Path(temporary), args.types, args.layers)
         if args.tiles is None:
-            table = medians(models, args)
+            table = measured(models, args)
             show(table, "IQ2_XXS" if "IQ2_XXS" in table else next(iter(table)))
             for name, row in table.items():
                 gigabytes = n_bytes_read(TensorType[name], args.layers) / 1e9 * row["decode"]
@@ -112,7 +110,7 @@ def main() -> int:
         for n in args.tiles:
             os.environ[TILES] = str(n)
             print(f"{TILES}={n}")
-            show(medians(ours, args), next(iter(ours)))
+            show(measured(ours, args), next(iter(ours)))
     return 0
 
 

@@ -19,10 +19,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import paths  # noqa: F401
 
-from ccq_cuda_library import KINDS, compile_cuda, patched_tree  # noqa: E402
+from ccq_cuda_library import KINDS, compile_cuda, patched_tree
 
 # name -> (ggml's number, weights of a thread in a turn) in upstream's mul_mat_vec_q
 UPSTREAM = {"IQ2_XXS": (16, 32), "IQ2_XS": (17, 32), "IQ2_S": (22, 32), "Q2_K": (10, 16), "IQ3_XXS": (18, 32)}

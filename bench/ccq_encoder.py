@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import statistics
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+import paths  # noqa: F401
+
 import numpy as np
+from ccq_library import NAMES, Library
+from turns import medians, ratios, seconds, take_turns
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from ccq_library import NAMES, Library  # noqa: E402
-
-import pyllamaernie  # noqa: E402
+import pyllamaernie
 
 TYPES = {"CCQ2": (112, 66), "CCQ2_25": (113, 74), "CCQ2_5": (114, 82), "CCQ2_75": (115, 90), "IQ2_XXS": (16, 66)}
 N_PER_ROW = 2560
@@ -62,21 +61,21 @@ class Rows:
         )  # fmt: skip
 
     def cpu_us(self, name: str) -> float:
-        start = time.thread_time()
-        self.quantize(name)
-        return (time.thread_time() - start) / self.x.size * 1e6
+        return seconds(lambda: self.quantize(name), time.thread_time) / self.x.size * 1e6
 
     def speedup(self, name: str) -> float:
-        start = time.perf_counter()
-        self.quantize(name)
-        one, half = time.perf_counter() - start, len(self.x) // 2
-        threads = [threading.Thread(target=self.quantize, args=(name, first, half)) for first in (0, half)]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return one / (time.perf_counter() - start)
+        def both() -> None:
+            half = len(self.x) // 2
+            threads = [threading.Thread(target=self.quantize, args=(name, first, half)) for first in (0, half)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return seconds(lambda: self.quantize(name)) / seconds(both)
+
+    def figures(self, name: str) -> dict[str, float]:
+        return {"us": self.cpu_us(name), "faster": self.speedup(name)}
 
 
 def losses(n_blocks: int) -> dict[str, dict[str, float]]:
@@ -124,22 +123,14 @@ def main() -> int:
         print(f"{name:9}{cells}   {verdict(max(loss.values()) < LOSS_MOST)}", flush=True)
 
     rows = Rows(load_ggml(args.ggml), args.rows)
-    us: dict[str, list[float]] = {name: [] for name in TYPES}
-    ratio: dict[str, list[float]] = {name: [] for name in NAMES}
-    faster: dict[str, list[float]] = {name: [] for name in TYPES}
-    for _ in range(args.rounds):
-        stock = rows.cpu_us("IQ2_XXS")
-        us["IQ2_XXS"].append(stock)
-        faster["IQ2_XXS"].append(rows.speedup("IQ2_XXS"))  # what the machine gives to rows of any type
-        for name in NAMES:
-            us[name].append(rows.cpu_us(name))
-            ratio[name].append(us[name][-1] / stock)
-            faster[name].append(rows.speedup(name))
+    # IQ2_XXS is also sped up by two threads: what the machine gives to rows of any type
+    times = take_turns({name: functools.partial(rows.figures, name) for name in ("IQ2_XXS", *NAMES)}, args.rounds)
+    middle = medians(times)
     print(f"\n{'':9}{'us a weight':>13}{'to IQ2_XXS':>13}{'':10}{'two threads':>13}")
     for name in TYPES:
-        line, f = f"{name:9}{statistics.median(us[name]):>13.1f}", statistics.median(faster[name])
+        line, f = f"{name:9}{middle[name]['us']:>13.1f}", middle[name]["faster"]
         if name in NAMES:
-            r = statistics.median(ratio[name])
+            r = statistics.median(ratios(times, "us", name, "IQ2_XXS"))
             print(f"{line}{r:>13.2f}  {verdict(r <= 1):8}{f:>12.2f}x  {verdict(f >= SPEEDUP_LEAST)}")
         else:
             print(f"{line}{'':23}{f:>12.2f}x")

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from paths import ROOT
+
 import numpy as np
+import page
+from ccq_library import NAMES, Library
+from ccq_sources import RMS, model_matrices, sources
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from ccq_library import NAMES, Library  # noqa: E402
-from ccq_sources import RMS, model_matrices, sources  # noqa: E402
-
-import pyllamaernie  # noqa: E402
-from pyllamaernie.quant.types import QUANT_TYPES  # noqa: E402
+import pyllamaernie
+from pyllamaernie.gguf.types import QUANT_TYPES
 
 PAGE = ROOT / "docs" / "ccq.md"
-MARKS = ("<!-- errors: begin -->", "<!-- errors: end -->")
 # upstream's name in C, ggml's id, bytes of 256 weights
 STOCK = {
     "IQ1_M": ("iq1_m", 29, 56),
@@ -120,7 +117,7 @@ def table(types: list[Type], n_blocks: int, seed: int) -> list[str]:
         errors, us = measured(of, data, importances)
         cells = [f"{errors[0]:.4f}", f"{2 ** (-2 * of.bpw):.4f}", *(f"{e:.4f}" for e in errors[1:]), f"{us:.1f}"]
         name = f"**{of.name}**" if of.name in NAMES else of.name
-        lines.append(f"| {name} | {of.bpw:g} | " + " | ".join(cells) + " |")
+        lines.append(page.line([name, f"{of.bpw:g}", *cells]))
         print(lines[-1], flush=True)
     return lines
 
@@ -140,9 +137,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         lines = table(own_types(Library(Path(folder))) + stock_types(ggml), args.weights // 256, args.seed)
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        PAGE.write_text(before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
+        page.write(PAGE, "errors", lines)
     return 0
 
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import subprocess
 import tempfile
 from importlib import resources
 from pathlib import Path
 
+import paths  # noqa: F401
+
 import numpy as np
+from turns import take_turns
 
 N_PER_ROW, N_ROWS, N_ROUNDS = 2560, 48, 5
 # name in ggml -> (type id, bytes of 256 weights)
@@ -98,7 +102,7 @@ def main() -> int:
     weights = (rng.standard_normal((N_ROWS, N_PER_ROW)) * 0.02).astype(np.float32)
     importance = np.ones(N_PER_ROW, np.float32)
     activations = q8_k(rng)
-    rows, best = {}, dict.fromkeys(TYPES, float("inf"))
+    rows = {}
     for name, (number, n_bytes) in TYPES.items():
         rows[name] = np.zeros((N_ROWS, N_PER_ROW // 256 * n_bytes), np.uint8)
         base.ggml_quantize_chunk(
@@ -106,21 +110,18 @@ def main() -> int:
         )
     with tempfile.TemporaryDirectory() as folder:
         loop = load_loop(Path(folder))
-        for _ in range(args.rounds):
-            for name, quantized in rows.items():
-                ours = TYPES[name][0] >= 112
-                function = cpu.ggml_ccq_dot_rows if ours else getattr(cpu, f"ggml_vec_dot_{name}_q8_K")
-                ns = loop.best_ns(
-                    ctypes.cast(function, pointer),
-                    TYPES[name][0] if ours else 0,
-                    N_PER_ROW,
-                    quantized.ctypes.data,
-                    quantized.shape[1],
-                    activations.ctypes.data,
-                    N_ROWS,
-                    30,
-                )
-                best[name] = min(best[name], ns)
+
+        def dot(name: str) -> dict[str, float]:
+            ours, quantized = TYPES[name][0] >= 112, rows[name]
+            function = cpu.ggml_ccq_dot_rows if ours else getattr(cpu, f"ggml_vec_dot_{name}_q8_K")
+            ns = loop.best_ns(
+                ctypes.cast(function, pointer), TYPES[name][0] if ours else 0, N_PER_ROW, quantized.ctypes.data,
+                quantized.shape[1], activations.ctypes.data, N_ROWS, 30,
+            )  # fmt: skip
+            return {"ns": ns}
+
+        found = take_turns({name: functools.partial(dot, name) for name in TYPES}, args.rounds)
+    best = {name: min(figures["ns"]) for name, figures in found.items()}
     print(f"{'type':10}{'bytes per 256':>14}{'ns per 256':>12}{'to IQ2_XXS':>12}")
     for name, ns in best.items():
         print(f"{name.upper():10}{TYPES[name][1]:>14}{ns:>12.1f}{ns / best['iq2_xxs']:>12.2f}")

@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+import argparse
 from itertools import pairwise
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "ccq.md"
-MARKS = ("<!-- errors: begin -->", "<!-- errors: end -->")
+from paths import ROOT
+
+import page
+
+PAGE = ROOT / "docs" / "ccq.md"
 COLUMNS = {"Gaussian": 2, "Student-t 5": 5}  # of the table
 KT = {"IQ2_KT": (2.133, 0.0866, 0.1099), "IQ3_KT": (3.133, 0.0237, 0.0312)}  # ik_llama.cpp 8337e4cd3, same sources
 OURS, STOCK, OTHER, LIMIT = "#b3261e", "#37597d", "#7a7a7a", "#222222"
@@ -18,9 +22,8 @@ OURS, STOCK, OTHER, LIMIT = "#b3261e", "#37597d", "#7a7a7a", "#222222"
 
 def table_rows() -> list[tuple[str, float, dict[str, float]]]:
     """Name, bits per weight and errors of each type in the page's table."""
-    body = PAGE.read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
     rows = []
-    for line in body.strip().splitlines()[2:]:
+    for line in page.body(PAGE, "errors").strip().splitlines()[2:]:
         cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
         rows.append((cells[0], float(cells[1]), {name: float(cells[i]) for name, i in COLUMNS.items()}))
     return rows
@@ -133,6 +136,7 @@ def draw_trellis(path: Path) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     draw_errors(PAGE.with_name("ccq-error.svg"))
     draw_trellis(PAGE.with_name("ccq-trellis.svg"))
     return 0

@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "examples")]
+from paths import ROOT
 
-import shapes_world as world  # noqa: E402
-from text_moe import CACHE, cached  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import page
+import shapes_world as world
+from text_moe import CACHE, cached
+from tqdm import tqdm
 
-from pyllamaernie import Llama  # noqa: E402
-from pyllamaernie.compare import compare  # noqa: E402
-from pyllamaernie.compare_table import Compared, ComparisonTable  # noqa: E402
-from pyllamaernie.convert import convert  # noqa: E402
-from pyllamaernie.imatrix import compute_imatrix  # noqa: E402
-from pyllamaernie.quant.importance import read_importance  # noqa: E402
-from pyllamaernie.quant.source import gguf_source  # noqa: E402
-from pyllamaernie.quant.writer import write_quantized  # noqa: E402
+from pyllamaernie import Llama
+from pyllamaernie.compare.comparison import compare
+from pyllamaernie.compare.table import Compared, ComparisonTable
+from pyllamaernie.convert import convert
+from pyllamaernie.quant.imatrix import compute_imatrix
+from pyllamaernie.quant.importance import read_importance
+from pyllamaernie.quant.source import gguf_source
+from pyllamaernie.quant.writer import write_quantized
 
 TYPES = ("IQ2_XXS", "CCQ2", "IQ2_XS", "CCQ2_25", "IQ2_S", "CCQ2_5", "Q2_K", "CCQ2_75", "IQ3_XXS")
 SORTS = ("what", "many", "colour", "where", "there")
@@ -36,7 +35,6 @@ SEED_IMPORTANCE, SEED_TEST = 4_000_000_000, 5_000_000_000  # far from any that t
 N_IMPORTANCE, N_CALIBRATION = 150, 60  # pictures, chunks
 KEPT_LEAST = 0.85
 PAGE = ROOT / "docs" / "ccq.md"
-MARKS = ("<!-- quality: begin -->", "<!-- quality: end -->")
 
 
 def questions(n: int, seed: int) -> list[tuple[object, str, str]]:
@@ -111,10 +109,9 @@ def lines_of(found: ComparisonTable, types: list[str], pictures: bool) -> list[s
         assert kl is not None
         inner = "" if kl.interval is None else f" [{kl.interval[0]:.4f}, {kl.interval[1]:.4f}]"
         end = f"{row.same_answers:.1%}" if pictures else f"{row.perplexity:.3f}"
-        lines.append(
-            f"| {'**' + name + '**' if 'CCQ' in name else name} | {row.size_bytes} | {row.bpw:.3f} | "
-            f"{kl.mean:.4f}{inner} | {kl.same_top:.1%} | {end} |"
-        )
+        shown = f"**{name}**" if "CCQ" in name else name
+        cells = [shown, row.size_bytes, f"{row.bpw:.3f}", f"{kl.mean:.4f}{inner}", f"{kl.same_top:.1%}", end]
+        lines.append(page.line(cells))
     return lines
 
 
@@ -162,9 +159,7 @@ def main() -> int:
         print("\n".join([*part, *bars(found, types, False)]), flush=True)
         shown += part
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        PAGE.write_text(before + MARKS[0] + "\n" + "\n".join(shown) + MARKS[1] + after, encoding="utf-8")
+        page.write(PAGE, "quality", shown)
     return 0
 
 

@@ -1,13 +1,14 @@
-"""What the CCQ benches quantize: blocks of 256 weights, synthetic or of the embedded model."""
+"""What the CCQ benches quantize: blocks of 256 weights, synthetic or of the embedded model. Not a program."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+
+from paths import ROOT
 
 import numpy as np
 
-MODEL = Path(__file__).resolve().parents[1] / "models" / "ernie-4.5-vl-tiny" / "model.safetensors"
+MODEL = ROOT / "models" / "ernie-4.5-vl-tiny" / "model.safetensors"
 RMS = 0.02
 
 

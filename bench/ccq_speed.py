@@ -17,23 +17,28 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import paths  # noqa: F401
 
 import gguf
 import numpy as np
 from tqdm import tqdm
+from turns import Figures, Rounds, medians, ratios, take_turns
 
 from pyllamaernie import programs
-from pyllamaernie._upstream import TensorType
+from pyllamaernie.gguf.file import TensorType
 
 N_VOCAB, N_EMBD, N_HEAD, N_HEAD_KV, N_FF = 103424, 2560, 20, 4, 12288
 N_EXPERT, N_EXPERT_USED, N_FF_EXP, N_FF_SHARED = 64, 6, 1536, 3072
+MEMORY = "memory"  # takes its turn like a type
 TYPES = ("CCQ2", "CCQ2_25", "CCQ2_5", "CCQ2_75", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS")
 BARS = (  # what, type, the type it is measured by, at least
     ("decode", "CCQ2", "IQ2_XXS", 1.6),
@@ -203,12 +208,13 @@ def write_model(path: Path, kind: TensorType, n_layers: int) -> None:
     writer.close()
 
 
-def run_bench(model: Path, args: argparse.Namespace, clock: Path) -> dict[str, float]:
-    """Tokens per second of one run of llama-bench."""
-    n_threads = 1 if args.busy else args.threads
+def llama_bench(
+    model: Path, n_threads: int, n_prompt: int, n_tokens: int, *words: str, clock: Path | None = None
+) -> dict[str, float]:
+    """Tokens per second of one run of llama-bench; what is asked with 0 tokens is left out."""
     command = [str(programs.path("llama-bench")), "-m", str(model), "-o", "jsonl", "-r", "1", "-t", str(n_threads)]
-    command += ["-p", str(args.prompt), "-n", str(args.tokens), *args.bench]
-    environment = {**os.environ, "LD_PRELOAD": str(clock)} if args.busy else None
+    command += ["-p", str(n_prompt), "-n", str(n_tokens), *words]
+    environment = None if clock is None else {**os.environ, "LD_PRELOAD": str(clock)}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
@@ -243,34 +249,37 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         reader = load_reader(Path(temporary))
         models = write_models(args.folder or Path(temporary), args.types, args.layers)
-        speeds = {name: {"decode": [], "prefill": []} for name in args.types}
-        bandwidths = []
-        clock = compile_c(CLOCK, Path(temporary) / "clock.so")
-        for _ in tqdm(range(args.rounds), desc="rounds"):
-            bandwidths.append(reader.gigabytes_per_second(1 if args.busy else args.threads, 1 << 29, args.busy))
-            for name, path in models.items():
-                for what, speed in run_bench(path, args, clock).items():
-                    speeds[name][what].append(speed)
+        clock = compile_c(CLOCK, Path(temporary) / "clock.so") if args.busy else None
+        n_threads = 1 if args.busy else args.threads
+        works: dict[str, Callable[[], Figures]] = {
+            MEMORY: lambda: {MEMORY: reader.gigabytes_per_second(n_threads, 1 << 29, args.busy)}
+        }
+        for name, path in models.items():
+            works[name] = functools.partial(
+                llama_bench, path, n_threads, args.prompt, args.tokens, *args.bench, clock=clock
+            )
+        speeds = take_turns(works, args.rounds, progress=True)
+    bandwidths = speeds.pop(MEMORY)[MEMORY]
     n_read = {name: n_bytes_read(TensorType[name], args.layers) for name in args.types}
     report(speeds, n_read, statistics.median(bandwidths))
     return 0
 
 
-def report(speeds: dict[str, dict[str, list[float]]], n_read: dict[str, int], bandwidth: float) -> None:
+def report(speeds: Rounds, n_read: dict[str, int], bandwidth: float) -> None:
     """Prints the table of medians and the bars."""
-    medians = {name: {what: statistics.median(v) for what, v in both.items() if v} for name, both in speeds.items()}
+    shown_of = medians(speeds)
     print(f"read bandwidth {bandwidth:.1f} GB/s")
     print("| type | prefill | decode | limit of decode | of the limit |\n|---|---|---|---|---|")
-    for name, median in medians.items():
+    for name, median in shown_of.items():
         limit = bandwidth * 1e9 / n_read[name]
         shown = [f"{median[what]:.1f}" if what in median else "-" for what in ("prefill", "decode")]
         share = f"{median['decode'] / limit:.0%}" if "decode" in median else "-"
         print(f"| {name} | {shown[0]} | {shown[1]} | {limit:.1f} | {share} |")
     for what, ours, other, bar in BARS:
-        if what in medians.get(ours, ()) and what in medians.get(other, ()):
-            ratios = [a / b for a, b in zip(speeds[ours][what], speeds[other][what], strict=True)]
-            ratio = statistics.median(ratios)
-            shown = f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        if what in speeds.get(ours, ()) and what in speeds.get(other, ()):
+            of_rounds = ratios(speeds, what, ours, other)
+            ratio = statistics.median(of_rounds)
+            shown = f"{ratio:.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
             verdict = "met" if ratio >= bar else "MISSED"
             print(f"{what}: {ours} over {other}: {shown}, bar {bar}: {verdict}")
 

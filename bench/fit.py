@@ -14,14 +14,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import paths  # noqa: F401
+
 import checkpoints
+from checkpoint_shapes import Shape
 
 from pyllamaernie.convert import convert
-from pyllamaernie.fit import MIB, needs
+from pyllamaernie.plan.fit import MIB, needs
+from pyllamaernie.quant.choice import choose_types
 from pyllamaernie.quant.source import gguf_source
 from pyllamaernie.quant.writer import write_quantized
-from pyllamaernie.quantize import choose_types
 
 SHARE, BYTES = 0.03, 200 * MIB
 CASES = [("f16", 512), ("f16", 8192), ("Q8_0", 4096), ("Q4_0", 4096), ("Q4_K", 4096), ("Q4_K", 16384)]
@@ -59,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(args.keep or scratch)
         home.mkdir(exist_ok=True)
-        shape = checkpoints.Shape(
+        shape = Shape(
             n_vocab=4096, n_embd=2048, n_head=16, n_head_kv=4, head_dim=128, n_layer=max(1, round(4 * args.scale)),
             n_ff=8192,
         )  # fmt: skip

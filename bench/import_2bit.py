@@ -14,21 +14,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import paths  # noqa: F401
+
 import numpy as np
+import two_bit
+from checkpoint_shapes import Shape
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import checkpoints  # noqa: E402
-import two_bit  # noqa: E402
-
-from pyllamaernie.quant import ccq  # noqa: E402
+from pyllamaernie.quant import ccq
 
 N_EXPERTS_300B = 47 * 64
 MEASURE = """
 import json, re, sys, time
 import numpy as np
-from pyllamaernie._upstream import TensorType, encode_rows
+from pyllamaernie.gguf.file import TensorType, encode_rows
 from pyllamaernie.convert import check_two_bit, convert
 source, original, out = sys.argv[1:]
 def timed(work):
@@ -48,7 +46,7 @@ print(json.dumps([seconds, whole - seconds, n_bytes, peak, report.lines(), small
 def write_folders(root: Path, n_expert: int) -> tuple[Path, Path]:
     """The release and its original."""
     two_bit.W4_END = 0  # a dense layer, then the one in 2 bits
-    shape = checkpoints.Shape(
+    shape = Shape(
         n_embd=8192, n_head=4, n_head_kv=2, head_dim=128, n_layer=2, n_ff=512, n_expert=n_expert, n_expert_used=2,
         n_shared=0, n_ff_exp=3584,
     )  # fmt: skip
@@ -89,7 +87,7 @@ def main() -> int:
     n_expert = parser.parse_args().experts
     with tempfile.TemporaryDirectory() as folder:
         source, original = write_folders(Path(folder), n_expert)
-        words = [sys.executable, "-c", MEASURE, source, original, Path(folder) / "x.gguf"]
+        words = [sys.executable, "-P", "-c", MEASURE, source, original, Path(folder) / "x.gguf"]
         done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, text=True, check=True)
         checked, written, n_bytes, peak, lines, small = json.loads(done.stdout.splitlines()[-1])
     print("\n".join(lines))

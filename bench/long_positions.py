@@ -5,7 +5,6 @@ released width of a head (128) and rotation sections. Text architectures take no
 thirty-two stand far from 0 and near one another. Needs the extra `reference`.
 """
 
-# ruff: noqa: E402  the path to the installed package is set before the imports
 from __future__ import annotations
 
 import argparse
@@ -14,14 +13,17 @@ import tempfile
 from pathlib import Path
 from types import MethodType
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [str(ROOT / "tests"), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+import paths  # noqa: F401
 
+import checkpoint_config
 import checkpoints
 import numpy as np
+import page
 import reference
 import torch
-from parity import PAGE, line, mean_kl
+from checkpoint_shapes import Shape
+from page import line
+from parity import PAGE, mean_kl
 from tiny_vocabulary import N_PIECES
 
 from pyllamaernie import Llama
@@ -34,8 +36,8 @@ SECTIONS = Sections(t=20, h=22, w=22)
 N_GROUP = 16
 SMALL = {"n_embd": 256, "n_head": 4, "n_head_kv": 1, "head_dim": HEAD, "n_layer": 3, "embed": 0.15}
 MODELS = {
-    "dense": {"kind": "dense", "shape": checkpoints.Shape(**SMALL)},
-    "VL": {"kind": "vl", "shape": checkpoints.Shape(**{**SMALL, "n_head": 2}, section_t=SECTIONS.t)},
+    "dense": {"kind": "dense", "shape": Shape(**SMALL)},
+    "VL": {"kind": "vl", "shape": Shape(**{**SMALL, "n_head": 2}, section_t=SECTIONS.t)},
 }
 
 
@@ -74,7 +76,7 @@ def probe(name: str, root: Path) -> list[list[str]]:
     options = MODELS[name]
     changes = {"max_position_embeddings": 131072}
     if options["kind"] == "vl":
-        text = checkpoints.config("vl", options["shape"], tied=False)["text_config"]
+        text = checkpoint_config.config("vl", options["shape"], tied=False)["text_config"]
         changes = {"text_config": {**text, **changes}}
     folder = checkpoints.write_checkpoint(root / name, tied=False, config_changes=changes, **options)
     path = convert(folder, root / f"{name}.gguf", type="f32").model
@@ -130,10 +132,7 @@ def main() -> int:
     found = tables()
     print("\n".join(found))
     if args.write:
-        begin, end = "<!-- long positions -->", "<!-- end of long positions -->"
-        before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-        text = f"{before}{begin}\n" + "\n".join(found) + f"\n{end}{rest.split(end)[1]}"
-        PAGE.write_text(text, encoding="utf-8")
+        page.write(PAGE, "long positions", found)
     return 0
 
 

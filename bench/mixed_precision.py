@@ -15,31 +15,35 @@ import functools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
+from paths import ROOT
 
-from pyllamaernie import programs  # noqa: E402
-from pyllamaernie.compare import compare  # noqa: E402
-from pyllamaernie.imatrix import compute_imatrix  # noqa: E402
-from pyllamaernie.quant.importance import read_importance  # noqa: E402
-from pyllamaernie.quant.measure import DOMINATED, SLOW_TYPES  # noqa: E402
-from pyllamaernie.quant.native import TYPES  # noqa: E402
-from pyllamaernie.quant.plan import ModelPlan, Planner  # noqa: E402
-from pyllamaernie.quant.source import gguf_source  # noqa: E402
-from pyllamaernie.quant.writer import write_quantized  # noqa: E402
+import page
+import text_moe
+
+from pyllamaernie import programs
+from pyllamaernie.compare.comparison import compare
+from pyllamaernie.plan.measure import DOMINATED, SLOW_TYPES
+from pyllamaernie.plan.planner import ModelPlan, Planner
+from pyllamaernie.quant.imatrix import compute_imatrix
+from pyllamaernie.quant.importance import read_importance
+from pyllamaernie.quant.native import TYPES
+from pyllamaernie.quant.source import gguf_source
+from pyllamaernie.quant.writer import write_quantized
 
 PRESETS = ("IQ1_M", "IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 BARS = ((3.2, 0.70), (5.0, 0.80), (math.inf, 0.95))
 N_CALIBRATION = 120  # chunks of 512 tokens
 PAGE = ROOT / "docs" / "quantize.md"
-MARKS = ("<!-- equal bytes: begin -->", "<!-- equal bytes: end -->")
+HEAD = (
+    "preset", "bpw", "bytes", "unused", "its KL", "our KL", "ratio [95 %]", "bar", "plan is",
+    "on the selection text: first plan, predicted", "measured", "best plan",
+)  # fmt: skip
 
 
 def bar_of(bpw: float) -> float:
@@ -91,23 +95,21 @@ def figures(folder: Path, stock: Path, ours: Path, plan: ModelPlan, n_chunks: in
 def row(preset: str, r: dict[str, Any]) -> tuple[str, bool]:
     """A line of the table, and whether the bar is met."""
     theirs, mine = r["stock"], r["ours"]
-    bar = bar_of(theirs["bpw"])
-    is_met = r["interval"][1] <= bar
+    bar, (low, high) = bar_of(theirs["bpw"]), r["interval"]
+    is_met = high <= bar
     unused = 1 - mine["size_bytes"] / theirs["size_bytes"]
-    selection = (
-        f"{r[k]:.4f}" if r[k] is not None else "-" for k in ("first_predicted", "first_measured", "best_measured")
-    )
-    return (
-        f"| {preset} | {theirs['bpw']:.3f} | {theirs['size_bytes']} | {unused:.3%} "
-        f"| {theirs['text']['mean']:.5f} | {mine['text']['mean']:.5f} | **{r['ratio']:.3f}** "
-        f"[{r['interval'][0]:.3f}, {r['interval'][1]:.3f}] | {bar:.2f} {'met' if is_met else 'missed'} | {r['plan']} | "
-        + " | ".join(selection)
-        + " |"
-    ), is_met
+    selection = (r[k] for k in ("first_predicted", "first_measured", "best_measured"))
+    cells = [
+        preset, f"{theirs['bpw']:.3f}", theirs["size_bytes"], f"{unused:.3%}",
+        f"{theirs['text']['mean']:.5f}", f"{mine['text']['mean']:.5f}",
+        f"**{r['ratio']:.3f}** [{low:.3f}, {high:.3f}]", f"{bar:.2f} {'met' if is_met else 'missed'}", r["plan"],
+        *("-" if kl is None else f"{kl:.4f}" for kl in selection),
+    ]  # fmt: skip
+    return page.line(cells), is_met
 
 
 def print_priors(plan: ModelPlan) -> None:
-    """Medians of the probed curves by role, over those of the routed gate and up projections, for plan_table.PRIORS."""
+    """Medians of the probed curves by role, over those of the routed gates, for PRIORS of plan/table.py."""
     by_role: dict[str, list[float]] = {}
     for label, curve in plan.curves.items():
         by_role.setdefault(label.split(",")[0], []).append(curve.loss(0.01) / 0.01)
@@ -116,7 +118,7 @@ def print_priors(plan: ModelPlan) -> None:
         print(f'    "{role}": {statistics.median(values) / unit:.2g},')
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder that bench/text_moe.py made (default: its cache)")
     parser.add_argument("--work", type=Path, help="where files and plans are kept (default: beside the model)")
@@ -129,60 +131,58 @@ def main() -> int:
     parser.add_argument("--priors", metavar="PLAN", type=Path, help="only print what this plan's probes say by role")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--write", action="store_true", help="put the table into docs/quantize.md")
-    args = parser.parse_args()
-    if args.priors is not None:
-        print_priors(ModelPlan.from_json(args.priors.read_text(encoding="utf-8")))
-        return 0
-    if args.model is None:
-        from text_moe import cached
+    return parser.parse_args()
 
-        args.model = cached()
-    work = args.work or args.model / "mixed-precision"
-    work.mkdir(exist_ok=True)
-    options = {"probe": args.probe, "n_trials": args.trials, "n_threads": args.threads}
-    options["types"] = [
-        t for t in TYPES if t not in DOMINATED and t != "F32" and not (args.stock_types and t in SLOW_TYPES)
-    ]
-    model, imatrix = args.model / "text-moe-f16.gguf", work / "imatrix.gguf"
+
+def measured(folder: Path, work: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The figures of each preset, printed as they come; those of an earlier run are read from `work`."""
+    model, imatrix = folder / "text-moe-f16.gguf", work / "imatrix.gguf"
     if not imatrix.exists():
-        text = args.model / "calibration.txt"
+        text = folder / "calibration.txt"
         compute_imatrix(model, text, imatrix, n_chunks=N_CALIBRATION, n_threads=args.threads, progress=True)
-    lines = [
-        "| preset | bpw | bytes | unused | its KL | our KL | ratio [95 %] | bar | plan is | on the selection text: "
-        "first plan, predicted | measured | best plan |",
-        "|---" * 12 + "|",
-    ]
-    n_met, presets, results = 0, args.presets.split(","), {}
+    unwanted = {*DOMINATED, "F32", *(SLOW_TYPES if args.stock_types else ())}
+    options = {"probe": args.probe, "n_trials": args.trials, "n_threads": args.threads}
+    options["types"] = [t for t in TYPES if t not in unwanted]
+    results = {}
     with ExitStack() as stack:
 
         @functools.cache
         def planner() -> Planner:
-            text = args.model / "selection.txt"
+            text = folder / "selection.txt"
             return stack.enter_context(
                 Planner(model, importance=imatrix, text=text, cache=work, progress=True, **options)
             )
 
-        for preset in presets:
+        for preset in args.presets.split(","):
             path = work / f"{preset}.json"
             if not path.exists():
-                files = make_files(args.model, work, preset, args.threads, planner)
-                found = figures(args.model, *files, args.chunks, args.threads)
+                files = make_files(folder, work, preset, args.threads, planner)
+                found = figures(folder, *files, args.chunks, args.threads)
                 path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             results[preset] = json.loads(path.read_text(encoding="utf-8"))
-            line, is_met = row(preset, results[preset])
-            n_met += is_met
-            lines.append(line)
-            print(line, flush=True)
+            print(row(preset, results[preset])[0], flush=True)
+    return results
+
+
+def main() -> int:
+    args = arguments()
+    if args.priors is not None:
+        print_priors(ModelPlan.from_json(args.priors.read_text(encoding="utf-8")))
+        return 0
+    folder = args.model or text_moe.cached()
+    work = args.work or folder / "mixed-precision"
+    work.mkdir(exist_ok=True)
+    results = measured(folder, work, args)
+    rows = [row(preset, figures_of) for preset, figures_of in results.items()]
+    lines = [page.line(HEAD), "|---" * len(HEAD) + "|", *(line for line, _ in rows)]
     print("\n".join(lines))
-    n_chunks = sorted({r["n_chunks"] for r in results.values()})
-    print(f"{n_met} of {len(presets)} bars met; chunks of the test text: {n_chunks}")
+    n_chunks, n_met = sorted({r["n_chunks"] for r in results.values()}), sum(is_met for _, is_met in rows)
+    print(f"{n_met} of {len(rows)} bars met; chunks of the test text: {n_chunks}")
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        PAGE.write_text(before + MARKS[0] + "\n" + "\n".join(lines) + "\n" + MARKS[1] + after, encoding="utf-8")
-    return 0 if n_met == len(presets) else 1
+        page.write(PAGE, "equal bytes", lines)
+    return 0 if n_met == len(rows) else 1
 
 
 if __name__ == "__main__":

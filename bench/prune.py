@@ -13,37 +13,37 @@ and the model with masked experts, for both kinds of files. `bench/text_moe.py` 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
-import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import paths  # noqa: F401
+
 import numpy as np
+import shapes_world as world
+from turns import medians, seconds, take_turns
 
-from pyllamaernie import Llama, _upstream
-from pyllamaernie.compare import compare
+from pyllamaernie import Llama
+from pyllamaernie.compare.comparison import compare
+from pyllamaernie.compare.divergence import kl_rows, ratio_interval
 from pyllamaernie.convert import convert
-from pyllamaernie.divergence import kl_rows, ratio_interval
-from pyllamaernie.expert_scores import SCORES, Ranking, read_importance
-from pyllamaernie.imatrix import compute_imatrix
-from pyllamaernie.prune import rank_experts, write_pruned
-from pyllamaernie.prune_probe import refine
-from pyllamaernie.slice_source import Source, open_source
+from pyllamaernie.cut.prune import rank_experts, write_pruned
+from pyllamaernie.cut.refine import refine
+from pyllamaernie.cut.scores import SCORES, Ranking, read_statistics
+from pyllamaernie.cut.source import Source, open_source
+from pyllamaernie.gguf import file as _upstream
+from pyllamaernie.quant.imatrix import compute_imatrix
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 7_000_000_000
 MASK = -1e9
 
 
 def pictures(n: int, seed: int) -> list[tuple[Any, str]]:
     """Fresh pictures of the shapes world, each with a question."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import shapes_world as world
-
     out: list[tuple[Any, str]] = []
     rng = random.Random(seed)
     while len(out) < n:
@@ -107,14 +107,16 @@ def main() -> None:
                 sets[name] = pictures(args.pictures, SEED + i * 1_000_000)
         source, imatrix = open_source(model), home / "imatrix.gguf"
         text = None if args.pictures else args.calibration
-        seconds: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(3):  # some rounds on a tenth of the data for the cost of the experts' sums, then all of it
-            for experts in (False, True):
-                start = time.process_time()
-                few = {"pictures": sets["calibration"][: max(1, args.pictures // 10)]} if args.pictures else {}
-                measure(model, text, imatrix, experts, args.threads, few, max(1, args.calibration_chunks // 10))
-                seconds[experts].append(time.process_time() - start)
-        without, with_ = (statistics.median(seconds[experts]) for experts in (False, True))
+        few = {"pictures": sets["calibration"][: max(1, args.pictures // 10)]} if args.pictures else {}
+
+        def cpu(experts: bool) -> dict[str, float]:
+            n_chunks = max(1, args.calibration_chunks // 10)
+            work = functools.partial(measure, model, text, imatrix, experts, args.threads, few, n_chunks)
+            return {"cpu": seconds(work, time.process_time)}
+
+        # some rounds on a tenth of the data for the cost of the experts' sums, then all of it
+        took = medians(take_turns({"without": lambda: cpu(False), "with": lambda: cpu(True)}, 3))
+        without, with_ = took["without"]["cpu"], took["with"]["cpu"]
         print(f"imatrix: {without:.2f} s of CPU without the experts' sums, {with_:.2f} s with them")
         measure(
             model, text, imatrix, True, args.threads, {"pictures": sets.get("calibration", ())}, args.calibration_chunks
@@ -142,7 +144,7 @@ def run(args: argparse.Namespace, source: Source, imatrix: Path, ratio: float, s
             ranked, before, after = refine(
                 source,
                 rankings[score],
-                read_importance(imatrix),
+                read_statistics(imatrix),
                 None if args.pictures else args.selection,
                 pictures=sets.get("selection", ()),
                 band=band,

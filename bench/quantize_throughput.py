@@ -17,18 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import paths  # noqa: F401
+
+import checkpoints
 import gguf
 import numpy as np
+from checkpoint_shapes import Shape
+from turns import medians, ratios, take_turns
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from pyllamaernie import programs
 
 MIB = 2**20
 
 
-def timed(command: list[object]) -> tuple[float, float, int]:
+def timed(command: list[object]) -> dict[str, float]:
     """Seconds, seconds of CPU, and peak of anonymous memory of a command; it must not fail."""
     started, before = time.monotonic(), os.times()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -44,7 +49,7 @@ def timed(command: list[object]) -> tuple[float, float, int]:
     if process.returncode:
         raise SystemExit(f"{command} ended with code {process.returncode}")
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds, cpu, peak
+    return {"seconds": seconds, "cpu": cpu, "peak": peak}
 
 
 def same_payload(a: Path, b: Path) -> bool:
@@ -56,13 +61,11 @@ def same_payload(a: Path, b: Path) -> bool:
 
 
 def random_model(folder: Path, n_layer: int) -> Path:
-    import checkpoints
-
     from pyllamaernie.convert import convert
 
     path = folder / f"f16-{n_layer}.gguf"
     if not path.exists():
-        shape = checkpoints.Shape(
+        shape = Shape(
             n_vocab=4096, n_embd=2048, n_head=16, n_head_kv=4, head_dim=128, n_layer=n_layer, n_ff=8192
         )  # fmt: skip
         convert(checkpoints.write_checkpoint(folder / "hf", "dense", shape=shape, tied=False), path, type="f16")
@@ -91,12 +94,12 @@ def main() -> None:
             one = [sys.executable, "-P", "-m", "pyllamaernie", "quantize", model, "-o", ours, "--type", name, "--pure"]
             one += ["--threads", args.threads, "--overwrite"]
             two = [programs.path("llama-quantize"), "--pure", model, theirs, name, args.threads]
-            rows = [(timed(one), timed(two)) for _ in range(args.rounds)]
+            rounds = take_turns({"ours": partial(timed, one), "theirs": partial(timed, two)}, args.rounds)
             if not same_payload(ours, theirs):
                 raise SystemExit(f"{name}: the payloads differ")
-            wall, cpu = (statistics.median(b[i] / a[i] for a, b in rows) for i in (0, 1))
-            seconds = [statistics.median(r[i][0] for r in rows) for i in (0, 1)]
-            peak = max(a[2] for a, _ in rows)
+            wall, cpu = (statistics.median(ratios(rounds, what, "theirs", "ours")) for what in ("seconds", "cpu"))
+            seconds = [figures["seconds"] for figures in medians(rounds).values()]
+            peak = max(rounds["ours"]["peak"])
             print(
                 f"{name:8} {seconds[0]:6.1f} s {seconds[1]:6.1f} s {wall:7.2f} {cpu:7.2f} {peak / MIB:6.0f} MiB "
                 f"{'' if peak < bar else ' OVER'}",

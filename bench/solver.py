@@ -1,7 +1,8 @@
 """Gaps and times of the budget solver on the tensor lists of ERNIE 4.5: `python bench/solver.py [--seeds 3]`.
 
-Real shapes, invented losses (tests/tensor_lists.py). "relaxed": loss over the bound of the relaxed problem; "gap": over
-the proven bound, 0 where the plan is proven to be the best. Times are of one core, the table's making not included.
+Real shapes, invented losses (tests/support/tensor_lists.py). "relaxed": loss over the bound of the relaxed problem;
+"gap": over the proven bound, 0 where the plan is proven to be the best. Times are of one core, the table's making not
+included.
 """
 
 from __future__ import annotations
@@ -9,14 +10,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import paths  # noqa: F401
 
-from tensor_lists import SHAPES, gate_up_ties, table  # noqa: E402
+from tensor_lists import SHAPES, gate_up_ties, table
 
-from pyllamaernie.quant.budget import make_groups, solve  # noqa: E402
+from pyllamaernie.plan.budget import make_groups, solve
 
 BPWS = (1.8, 2.2, 2.7, 3.3, 4.0, 4.85, 6.0)
 

@@ -18,17 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from paths import ROOT
+
 import numpy as np
+import shapes_world as world
 import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, Ernie4_5_VLMoeForConditionalGeneration
 from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import Ernie4_5_VLMoeImageProcessorPil
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import shapes_world as world  # noqa: E402
 
 SORTS = ("what", "many", "colour", "where", "there")
 SEED = 3_000_000_000

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
+from paths import ROOT
+
+import shapes_world as world
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import shapes_world as world  # noqa: E402
-
-from pyllamaernie import Llama  # noqa: E402
-from pyllamaernie.convert import convert  # noqa: E402
-from pyllamaernie.imatrix import compute_imatrix  # noqa: E402
-from pyllamaernie.quant.job import plan_job  # noqa: E402
-from pyllamaernie.quant.measure import DOMINATED, SLOW_TYPES  # noqa: E402
-from pyllamaernie.quant.native import TYPES  # noqa: E402
-from pyllamaernie.quant.plan import Planner  # noqa: E402
-from pyllamaernie.quant.writer import write_quantized  # noqa: E402
+from pyllamaernie import Llama
+from pyllamaernie.convert import convert
+from pyllamaernie.plan.measure import DOMINATED, SLOW_TYPES
+from pyllamaernie.plan.planner import Planner
+from pyllamaernie.quant.imatrix import compute_imatrix
+from pyllamaernie.quant.job import plan_job
+from pyllamaernie.quant.native import TYPES
+from pyllamaernie.quant.writer import write_quantized
 
 SORTS = ("what", "many", "colour", "where", "there")
 SEEDS = {"calibration": 5_000_000_000, "selection": 6_000_000_000, "test": 7_000_000_000}

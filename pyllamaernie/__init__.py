@@ -7,21 +7,21 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyllamaernie._log import log_to_stderr as log_to_stderr
-    from pyllamaernie.compare_table import ComparisonTable as ComparisonTable
-    from pyllamaernie.imatrix import compute_imatrix as compute_imatrix
-    from pyllamaernie.llama import Llama as Llama
-    from pyllamaernie.media import Image as Image
-    from pyllamaernie.video import Video as Video
+    from pyllamaernie.compare.table import ComparisonTable as ComparisonTable
+    from pyllamaernie.llama.llama import Llama as Llama
+    from pyllamaernie.log import log_to_stderr as log_to_stderr
+    from pyllamaernie.media.image import Image as Image
+    from pyllamaernie.media.video import Video as Video
+    from pyllamaernie.quant.imatrix import compute_imatrix as compute_imatrix
 
 # name -> module; a table, so that `import pyllamaernie` costs no numpy. Not `convert`: that is also a module's name
 _LAZY = {
-    "Llama": "pyllamaernie.llama",
-    "Image": "pyllamaernie.media",
-    "Video": "pyllamaernie.video",
-    "ComparisonTable": "pyllamaernie.compare_table",
-    "compute_imatrix": "pyllamaernie.imatrix",
-    "log_to_stderr": "pyllamaernie._log",
+    "Llama": "pyllamaernie.llama.llama",
+    "Image": "pyllamaernie.media.image",
+    "Video": "pyllamaernie.media.video",
+    "ComparisonTable": "pyllamaernie.compare.table",
+    "compute_imatrix": "pyllamaernie.quant.imatrix",
+    "log_to_stderr": "pyllamaernie.log",
     "errors": "pyllamaernie.errors",
 }
 

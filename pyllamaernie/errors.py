@@ -142,8 +142,11 @@ class BudgetError(QuantizeError, ValueError):
         self.smallest_bytes = smallest_bytes
 
 
-class PatchError(PyllamaernieError):
-    """The patch series could not be used."""
+class PatchError(PyllamaernieError, RuntimeError):
+    """The patch series could not be used; each argument says what and where."""
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
 
 
 class PatchConflictError(PatchError):
@@ -158,3 +161,9 @@ class PinMismatchError(PatchError):
 
 class SeriesError(PatchError):
     """The series names a missing patch, or a patch is not listed."""
+
+
+class OfflineError(PatchError):
+    """Upstream's source is not here and could not be downloaded."""
+
+    exit_code = EXIT_OFFLINE

@@ -10,13 +10,14 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from pyllamaernie.errors import PyllamaernieError
+from pyllamaernie.machine import installed
 
 _SUFFIX = ".exe" if os.name == "nt" else ""
 
 
 def folder() -> Path:
     """Where the programs of this installation are."""
-    return Path(__file__).parent / "bin"
+    return installed("bin")
 
 
 def names() -> list[str]:
@@ -40,17 +41,6 @@ def path(name: str) -> Path:
     near = get_close_matches(name, available, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise PyllamaernieError(f"no program named {name}{hint} Available: {', '.join(available)}")
-
-
-def run_words(words: Sequence[str]) -> int:
-    """`pyllamaernie tool NAME [ARGS...]`; without a name the list of programs."""
-    if not words or words[0] in ("-h", "--help"):
-        print(
-            "usage: pyllamaernie tool NAME [ARGS...]\n\nRun a bundled llama.cpp program, arguments untouched:\n  "
-            + "\n  ".join(names())
-        )
-        return 0
-    return execute(words[0], words[1:])
 
 
 def environment() -> dict[str, str]:

@@ -17,8 +17,9 @@ import pytest
 from gguf_models import gguf, picture, question
 
 pytest.importorskip("pyllamaernie._core", reason="the native module is not built")
-from pyllamaernie import Llama, programs, rpc
+from pyllamaernie import Llama, programs
 from pyllamaernie.errors import PyllamaernieError
+from pyllamaernie.llama import rpc
 
 NAMES = """ggml-rpc-server llama-bench llama-cli llama-gguf-split llama-imatrix llama-mtmd-cli llama-perplexity
 llama-quantize llama-server llama-tokenize""".split()
@@ -68,9 +69,6 @@ def test_failing_program_is_an_exception_with_its_words(tmp_path: Path) -> None:
         programs.run("llama-quantise")
 
 
-# ---- answers
-
-
 def test_llama_cli_gives_the_answer_of_llama(model: Path, llama: Llama) -> None:
     words = ["-m", model, *SMALL, "-p", "Hello", "-n", 12, "--temp", 0, "--single-turn", "--simple-io", "--no-warmup"]
     done = run("llama-cli", *words)
@@ -91,9 +89,6 @@ def test_llama_mtmd_cli_sees_the_picture(model: Path, tmp_path: Path) -> None:
 def test_llama_tokenize_gives_the_ids_of_llama(model: Path, llama: Llama) -> None:
     done = run("llama-tokenize", "-m", model, "-p", TEXT, "--ids", "--log-disable")
     assert json.loads(done.stdout) == llama.tokenize(TEXT, special=True)
-
-
-# ---- measurements
 
 
 def test_llama_bench_measures_this_model(model: Path) -> None:
@@ -120,9 +115,6 @@ def test_llama_perplexity_is_that_of_the_logits(model: Path, llama: Llama, tmp_p
         log_sum = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
         losses += list(log_sum - logits[np.arange(len(logits)), chunk[n_ctx // 2 + 1 :]])
     assert abs(np.log(said) - np.mean(losses)) < 1e-3 * np.mean(losses)  # half-precision KV cache, other batch shapes
-
-
-# ---- files
 
 
 @pytest.mark.parametrize(("type_", "likeness"), [("q8_0", 0.999), ("q4_0", 0.9)])
@@ -167,9 +159,6 @@ def test_llama_gguf_split_and_merge_give_the_model_back(model: Path, llama: Llam
     before, after = tensors(model), tensors(merged)
     assert before.keys() == after.keys()
     assert all(np.array_equal(after[name].data, before[name].data) for name in before)
-
-
-# ---- workers
 
 
 def test_ggml_rpc_server_speaks_our_protocol() -> None:

@@ -43,7 +43,7 @@ static void apply_arguments(const std::vector<std::string> & args, common_params
         }
     }
 
-    size_t i = 0;
+    size_t     i          = 0;
     const auto next_value = [&](const std::string & name) {
         if (i >= args.size()) {
             throw std::invalid_argument("option " + name + " needs a value");
@@ -52,7 +52,7 @@ static void apply_arguments(const std::vector<std::string> & args, common_params
     };
     while (i < args.size()) {
         const std::string name = args[i++];
-        const auto it = options.find(name);
+        const auto        it   = options.find(name);
         if (it == options.end()) {
             throw std::invalid_argument("unknown engine option: " + name);
         }
@@ -74,8 +74,10 @@ static void apply_arguments(const std::vector<std::string> & args, common_params
             throw std::invalid_argument("engine option " + name + ": " + e.what());
         }
     }
+}
 
-    // the part of common_params_parse() that completes what the options left open
+// the part of common_params_parse() that completes what the options left open
+static void complete_params(common_params & params) {
     postprocess_cpu_params(params.cpuparams, nullptr);
     postprocess_cpu_params(params.cpuparams_batch, &params.cpuparams);
     postprocess_cpu_params(params.speculative.draft.cpuparams, &params.cpuparams);
@@ -104,6 +106,7 @@ public:
         std::call_once(backend_once, llama_backend_init);
 
         apply_arguments(args, params);
+        complete_params(params);
 
         server = std::make_unique<server_context>();
         routes = std::make_unique<server_routes>(params, *server);
@@ -155,11 +158,13 @@ public:
     server_http_context::handler_t & handler(const std::string & route) {
         static const std::map<std::string, server_http_context::handler_t server_routes::*> table = {
             { "chat/completions", &server_routes::post_chat_completions },
+            // clang-format off
             { "completions",      &server_routes::post_completions      },
             { "apply-template",   &server_routes::post_apply_template   },
             { "tokenize",         &server_routes::post_tokenize         },
             { "detokenize",       &server_routes::post_detokenize       },
             { "props",            &server_routes::get_props             },
+            // clang-format on
         };
         const auto it = table.find(route);
         if (it == table.end()) {
@@ -172,7 +177,7 @@ public:
     std::unique_ptr<server_context> server;
     std::unique_ptr<server_routes>  routes;
 
-    std::mutex                                mutex;   // guards the three below
+    std::mutex                                mutex;  // guards the three below
     std::vector<std::weak_ptr<engine_stream>> streams;
     int                                       n_sessions = 0;
     std::string                               failure;
@@ -180,26 +185,26 @@ public:
 private:
     std::thread       loop;
     std::mutex        close_mutex;
-    std::atomic<bool> closing   { false };
-    std::atomic<bool> loop_done { false };
+    std::atomic<bool> closing{ false };
+    std::atomic<bool> loop_done{ false };
 };
 
 // One request and its answer, whole or piece by piece.
 class engine_stream {
 public:
-    engine_stream(std::shared_ptr<engine_core> core, const std::string & route, const std::string & body)
-            : core(std::move(core)),
-              should_stop([this]() { return stop_requested(); }),
-              req{ {}, {}, "/" + route, "", body, {}, should_stop } {
-    }
+    engine_stream(std::shared_ptr<engine_core> core, const std::string & route, const std::string & body) :
+        core(std::move(core)), should_stop([this]() { return stop_requested(); }),
+        req{ {}, {}, "/" + route, "", body, {}, should_stop } {}
 
-    static std::shared_ptr<engine_stream> open(std::shared_ptr<engine_core> core, const std::string & route, const std::string & body) {
-        auto stream = std::make_shared<engine_stream>(core, route, body);
+    static std::shared_ptr<engine_stream> open(
+        std::shared_ptr<engine_core> core, const std::string & route, const std::string & body) {
+        auto                        stream = std::make_shared<engine_stream>(core, route, body);
         std::lock_guard<std::mutex> stream_lock(stream->mutex);
         {
             std::lock_guard<std::mutex> lock(core->mutex);
-            auto & streams = core->streams;
-            streams.erase(std::remove_if(streams.begin(), streams.end(), [](const auto & s) { return s.expired(); }), streams.end());
+            auto &                      streams = core->streams;
+            streams.erase(std::remove_if(streams.begin(), streams.end(), [](const auto & s) { return s.expired(); }),
+                streams.end());
             streams.push_back(stream);
         }
         if (core->is_stopped()) {
@@ -270,10 +275,10 @@ private:
 
     std::shared_ptr<engine_core> core;
     std::function<bool()>        should_stop;
-    server_http_req              req;     // refers to should_stop, and res refers to req: this order
+    server_http_req              req;  // refers to should_stop, and res refers to req: this order
     server_http_res_ptr          res;
-    bool                         broken_off = false;   // the engine was closed before the answer ended
-    std::mutex                   mutex;   // held while native code works on the request
+    bool                         broken_off = false;  // the engine was closed before the answer ended
+    std::mutex                   mutex;               // held while native code works on the request
     std::exception_ptr           interruption;
 };
 
@@ -314,14 +319,15 @@ void register_engine(py::module_ & m) {
     py::class_<engine_stream, std::shared_ptr<engine_stream>>(m, "Stream")
         .def_readonly("status", &engine_stream::status)
         .def_property_readonly("data", [](const engine_stream & self) { return py::bytes(self.data); })
-        .def("next", [](engine_stream & self) -> py::object {
-            std::optional<std::string> text;
-            {
-                py::gil_scoped_release release;
-                text = self.next();
-            }
-            return text ? py::object(py::bytes(*text)) : py::object(py::none());
-        })
+        .def("next",
+            [](engine_stream & self) -> py::object {
+                std::optional<std::string> text;
+                {
+                    py::gil_scoped_release release;
+                    text = self.next();
+                }
+                return text ? py::object(py::bytes(*text)) : py::object(py::none());
+            })
         .def("close", [](engine_stream & self) { self.finish(); }, py::call_guard<py::gil_scoped_release>());
 
     py::class_<loaded_model, std::shared_ptr<loaded_model>>(m, "LoadedModel");

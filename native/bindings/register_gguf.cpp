@@ -14,7 +14,9 @@
 namespace py = pybind11;
 
 struct gguf_deleter {
-    void operator()(gguf_context * ctx) const { gguf_free(ctx); }
+    void operator()(gguf_context * ctx) const {
+        gguf_free(ctx);
+    }
 };
 
 static py::str text(const char * value) {
@@ -24,8 +26,8 @@ static py::str text(const char * value) {
 // Numbers, flags and strings as they are; an array as its length, which is all that callers ask of the vocabulary.
 static py::object value(const gguf_context * ctx, int64_t id) {
     switch (gguf_get_kv_type(ctx, id)) {
-        case GGUF_TYPE_UINT8:   return py::int_(gguf_get_val_u8 (ctx, id));
-        case GGUF_TYPE_INT8:    return py::int_(gguf_get_val_i8 (ctx, id));
+        case GGUF_TYPE_UINT8:   return py::int_(gguf_get_val_u8(ctx, id));
+        case GGUF_TYPE_INT8:    return py::int_(gguf_get_val_i8(ctx, id));
         case GGUF_TYPE_UINT16:  return py::int_(gguf_get_val_u16(ctx, id));
         case GGUF_TYPE_INT16:   return py::int_(gguf_get_val_i16(ctx, id));
         case GGUF_TYPE_UINT32:  return py::int_(gguf_get_val_u32(ctx, id));
@@ -42,7 +44,7 @@ static py::object value(const gguf_context * ctx, int64_t id) {
 }
 
 static py::dict gguf_read(const std::string & path) {
-    gguf_init_params params = { /*.no_alloc =*/ true, /*.ctx =*/ nullptr };
+    gguf_init_params                            params = { /*.no_alloc =*/true, /*.ctx =*/nullptr };
     std::unique_ptr<gguf_context, gguf_deleter> ctx;
     {
         py::gil_scoped_release release;
@@ -60,12 +62,11 @@ static py::dict gguf_read(const std::string & path) {
     py::list tensors;
     for (int64_t id = 0; id < gguf_get_n_tensors(ctx.get()); id++) {
         const int64_t * ne = gguf_get_tensor_ne(ctx.get(), id);
-        tensors.append(py::make_tuple(
-            text(gguf_get_tensor_name(ctx.get(), id)),
-            py::make_tuple(ne[0], ne[1], ne[2], ne[3]),
-            std::string(ggml_type_name(gguf_get_tensor_type(ctx.get(), id))),
-            gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id),
-            gguf_get_tensor_size(ctx.get(), id)));
+        tensors.append(
+            py::make_tuple(text(gguf_get_tensor_name(ctx.get(), id)), py::make_tuple(ne[0], ne[1], ne[2], ne[3]),
+                std::string(ggml_type_name(gguf_get_tensor_type(ctx.get(), id))),
+                gguf_get_data_offset(ctx.get()) + gguf_get_tensor_offset(ctx.get(), id),
+                gguf_get_tensor_size(ctx.get(), id)));
     }
 
     py::dict res;

@@ -5,7 +5,7 @@
 // batches of 16 rows or more, expert matrices always, one count per expert. Sums are kept in double precision.
 // Source: llama.cpp tools/imatrix/imatrix.cpp at the pin; node names from llama_graph's build_moe_ffn.
 
-#include "bindings.h"
+#include "session.h"
 
 #include "ggml.h"
 #include "ggml-backend.h"
@@ -24,14 +24,12 @@
 
 namespace py = pybind11;
 
-template <typename T> using array_in = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-static const int64_t n_rows_min = 16;   // upstream leaves smaller batches of a dense matrix out
+static const int64_t n_rows_min = 16;  // upstream leaves smaller batches of a dense matrix out
 
 struct matrix_sums {
     int64_t              n_cols = 0;
-    std::vector<double>  values;   // n_mat rows of n_cols
-    std::vector<int64_t> counts;   // one for a dense matrix, one per expert
+    std::vector<double>  values;  // n_mat rows of n_cols
+    std::vector<int64_t> counts;  // one for a dense matrix, one per expert
 };
 
 // Sums over the tokens of an expert. g: its final weight; y: its output before that; all indexed by expert.
@@ -46,33 +44,26 @@ struct expert_sums {
 
 class imatrix_session : public context_session {
 public:
-    imatrix_session(std::shared_ptr<loaded_model> core, int n_ctx, int n_batch, int n_threads, bool process_output, bool experts)
-            : context_session(std::move(core)), process_output(process_output), with_experts(experts) {
-        llama_context_params params = llama_context_default_params();
-        params.n_ctx             = (uint32_t) n_ctx;
-        params.n_batch           = (uint32_t) n_batch;
-        params.n_ubatch          = (uint32_t) n_batch;
-        params.n_threads         = n_threads;
-        params.n_threads_batch   = n_threads;
-        params.n_seq_max         = 1;
+    imatrix_session(std::shared_ptr<loaded_model> core, int n_ctx, int n_batch, int n_threads, bool process_output,
+        bool experts) : context_session(std::move(core)), process_output(process_output), with_experts(experts) {
+        llama_context_params params =
+            context_params((uint32_t) n_ctx, (uint32_t) n_batch, (uint32_t) n_batch, n_threads);
         params.cb_eval           = on_node;
         params.cb_eval_user_data = this;
         open(params);
     }
 
     void load_projector(const std::string & path, const std::string & marker, int n_threads, bool use_gpu) {
-        mtmd_context_params params = mtmd_context_params_default();
-        params.use_gpu      = use_gpu;
-        params.media_marker = marker.c_str();
-        params.n_threads    = n_threads;
+        mtmd_context_params params = projector_params(n_threads, use_gpu);
+        params.media_marker        = marker.c_str();
         open_projector(path, params);
     }
 
     // Shapes: (n,) int32
     void add_tokens(const array_in<int32_t> & tokens) {
         require_open();
-        const llama_token * ids = tokens.data();
-        const int32_t n = (int32_t) tokens.size();
+        const llama_token *    ids = tokens.data();
+        const int32_t          n   = (int32_t) tokens.size();
         py::gil_scoped_release release;
         llama_memory_clear(llama_get_memory(ctx.get()), true);
         decode_text(ids, n, 0, [](int32_t, int32_t) {});
@@ -83,10 +74,7 @@ public:
         require_projector();
         std::vector<mtmd::bitmap> bitmaps;
         for (const auto & rgb : pictures) {
-            if (rgb.ndim() != 3 || rgb.shape(2) != 3) {
-                throw std::invalid_argument("a picture is (height, width, 3) uint8");
-            }
-            bitmaps.emplace_back(mtmd_bitmap_init((uint32_t) rgb.shape(1), (uint32_t) rgb.shape(0), rgb.data()));
+            bitmaps.push_back(picture_bitmap(rgb));
         }
         std::vector<const mtmd_bitmap *> pointers;
         for (const auto & bitmap : bitmaps) {
@@ -94,22 +82,22 @@ public:
         }
 
         py::gil_scoped_release release;
-        const mtmd_input_text text = { prompt.c_str(), prompt.size(), /*add_special*/ true, /*parse_special*/ true };
-        mtmd::input_chunks chunks(mtmd_input_chunks_init());
+        const mtmd_input_text  text = { prompt.c_str(), prompt.size(), /*add_special*/ true, /*parse_special*/ true };
+        mtmd::input_chunks     chunks(mtmd_input_chunks_init());
         if (mtmd_tokenize(mctx.get(), chunks.ptr.get(), &text, pointers.data(), pointers.size()) != 0) {
             throw std::runtime_error("the prompt and its pictures could not be tokenized");
         }
         const int32_t n_tokens = (int32_t) mtmd_helper_get_n_tokens(chunks.ptr.get());
         if (n_tokens > (int32_t) llama_n_ctx(ctx.get())) {
             throw std::length_error("the prompt has " + std::to_string(n_tokens) + " tokens, the context holds " +
-                    std::to_string(llama_n_ctx(ctx.get())));
+                std::to_string(llama_n_ctx(ctx.get())));
         }
         llama_memory_clear(llama_get_memory(ctx.get()), true);
         llama_pos pos = 0;
         for (size_t i = 0; i < chunks.size(); i++) {
             const mtmd_input_chunk * chunk = chunks[i];
             if (mtmd_input_chunk_get_type(chunk) == MTMD_INPUT_CHUNK_TYPE_TEXT) {
-                size_t n = 0;
+                size_t              n   = 0;
                 const llama_token * ids = mtmd_input_chunk_get_tokens_text(chunk, &n);
                 decode_text(ids, (int32_t) n, pos, [](int32_t, int32_t) {});
             } else {
@@ -127,11 +115,12 @@ public:
     py::list statistics() const {
         py::list res;
         for (const auto & entry : sums) {
-            const matrix_sums & e = entry.second;
-            const py::ssize_t n_mat = (py::ssize_t) (e.values.size() / (size_t) e.n_cols);
-            py::array_t<float> values({ n_mat, (py::ssize_t) e.n_cols });
+            const matrix_sums & e     = entry.second;
+            const py::ssize_t   n_mat = (py::ssize_t) (e.values.size() / (size_t) e.n_cols);
+            py::array_t<float>  values({ n_mat, (py::ssize_t) e.n_cols });
             std::copy(e.values.begin(), e.values.end(), values.mutable_data());
-            res.append(py::make_tuple(entry.first, values, py::array_t<int64_t>((py::ssize_t) e.counts.size(), e.counts.data())));
+            res.append(py::make_tuple(
+                entry.first, values, py::array_t<int64_t>((py::ssize_t) e.counts.size(), e.counts.data())));
         }
         return res;
     }
@@ -140,11 +129,15 @@ public:
     py::dict expert_statistics() const {
         py::dict res;
         for (const auto & entry : experts) {
-            const expert_sums & e = entry.second;
-            py::dict row;
+            const expert_sums &                                        e = entry.second;
+            py::dict                                                   row;
             const std::pair<const char *, const std::vector<double> *> parts[] = {
-                { "gate", &e.gate }, { "gate2", &e.gate2 }, { "gate_out", &e.gate_out },
-                { "gate2_out2", &e.gate2_out2 }, { "out_max", &e.out_max }, { "prob", &e.prob },
+                { "gate", &e.gate },
+                { "gate2", &e.gate2 },
+                { "gate_out", &e.gate_out },
+                { "gate2_out2", &e.gate2_out2 },
+                { "out_max", &e.out_max },
+                { "prob", &e.prob },
             };
             for (const auto & part : parts) {
                 if (!part.second->empty()) {
@@ -182,8 +175,8 @@ private:
 
     // A weight that the scheduler copied to another device is called DEVICE#name#copy.
     static std::string weight_name(const ggml_tensor * t) {
-        const std::string name = t->src[0]->name;
-        const size_t begin = name.find('#');
+        const std::string name  = t->src[0]->name;
+        const size_t      begin = name.find('#');
         if (begin == std::string::npos) {
             return name;
         }
@@ -215,7 +208,7 @@ private:
         try {
             self->collect(t);
         } catch (const std::exception & e) {
-            self->failure = e.what();   // an exception must not cross the scheduler
+            self->failure = e.what();  // an exception must not cross the scheduler
             return false;
         }
         return true;
@@ -231,9 +224,9 @@ private:
     }
 
     matrix_sums & entry_of(const ggml_tensor * t, int64_t n_mat, int64_t n_counts) {
-        const std::string name = weight_name(t);
-        matrix_sums & e = sums[name];
-        const int64_t n_cols = t->src[1]->ne[0];
+        const std::string name   = weight_name(t);
+        matrix_sums &     e      = sums[name];
+        const int64_t     n_cols = t->src[1]->ne[0];
         if (e.values.empty()) {
             e.n_cols = n_cols;
             e.values.resize((size_t) (n_cols * n_mat), 0.0);
@@ -261,18 +254,18 @@ private:
 
     static float value_at(const char * data, const ggml_tensor * t, int64_t i0, int64_t i1, int64_t i2) {
         float res;
-        memcpy(&res, data + i0*t->nb[0] + i1*t->nb[1] + i2*t->nb[2], sizeof(res));
+        memcpy(&res, data + i0 * t->nb[0] + i1 * t->nb[1] + i2 * t->nb[2], sizeof(res));
         return res;
     }
 
     // The router's probabilities, before a bias is added for the choice. Shapes: (n_tokens, n_expert)
     void collect_probs(const ggml_tensor * t) {
-        std::string name = source_weight(t);
-        const size_t at = name.find("ffn_gate_inp");
+        std::string  name = source_weight(t);
+        const size_t at   = name.find("ffn_gate_inp");
         if (at == std::string::npos) {
             return;
         }
-        const bool is_vl = name.compare(at, 15, "ffn_gate_inp_vl") == 0;
+        const bool    is_vl = name.compare(at, 15, "ffn_gate_inp_vl") == 0;
         expert_sums & e = experts[name.substr(0, at) + (is_vl ? "ffn_down_exps_vl.weight" : "ffn_down_exps.weight")];
         const int64_t n_expert = t->ne[0];
         e.prob.resize((size_t) n_expert, 0.0);
@@ -292,17 +285,17 @@ private:
             return;
         }
         const ggml_tensor * gate = t->src[1];
-        expert_sums & e = experts[down_name];
+        expert_sums &       e    = experts[down_name];
         for (auto * part : { &e.gate, &e.gate2, &e.gate_out, &e.gate2_out2, &e.out_max }) {
             part->resize((size_t) n_down, 0.0);
         }
-        const char * data = host_data(t, src1_copy);
+        const char * data      = host_data(t, src1_copy);
         const char * gate_data = host_data(gate, ids_copy);
         for (int64_t row = 0; row < t->ne[2]; row++) {
             for (int64_t i = 0; i < t->ne[1]; i++) {
-                const size_t expert = (size_t) down_ids[(size_t) (row*t->ne[1] + i)];
-                const double g = value_at(gate_data, gate, 0, i, row);
-                double out2 = 0.0;   // of the product
+                const size_t expert = (size_t) down_ids[(size_t) (row * t->ne[1] + i)];
+                const double g      = value_at(gate_data, gate, 0, i, row);
+                double       out2   = 0.0;  // of the product
                 for (int64_t j = 0; j < t->ne[0]; j++) {
                     const double x = value_at(data, t, j, i, row);
                     out2 += x * x;
@@ -311,9 +304,9 @@ private:
                     throw std::runtime_error("the outputs of " + down_name + " are not finite");
                 }
                 const double out = std::sqrt(out2);
-                e.gate[expert]       += g;
-                e.gate2[expert]      += g * g;
-                e.gate_out[expert]   += out;
+                e.gate[expert] += g;
+                e.gate2[expert] += g * g;
+                e.gate_out[expert] += out;
                 e.gate2_out2[expert] += out2;
                 e.out_max[expert] = std::max(e.out_max[expert], g != 0.0 ? out / std::fabs(g) : 0.0);
             }
@@ -328,16 +321,16 @@ private:
         if (t->op != GGML_OP_MUL_MAT && t->op != GGML_OP_MUL_MAT_ID) {
             return collect_probs(t);
         }
-        const ggml_tensor * src0 = t->src[0];
-        const ggml_tensor * src1 = t->src[1];
-        const char * data = host_data(src1, src1_copy);
-        const int64_t n_cols = src1->ne[0];
+        const ggml_tensor * src0   = t->src[0];
+        const ggml_tensor * src1   = t->src[1];
+        const char *        data   = host_data(src1, src1_copy);
+        const int64_t       n_cols = src1->ne[0];
 
         if (t->op == GGML_OP_MUL_MAT_ID) {
-            const ggml_tensor * ids = t->src[2];   // [n_expert_used, n_tokens], often a view
-            const int64_t n_expert = src0->ne[2];
-            const char * ids_data = host_data(ids, ids_copy);
-            matrix_sums & e = entry_of(t, n_expert, n_expert);
+            const ggml_tensor * ids      = t->src[2];  // [n_expert_used, n_tokens], often a view
+            const int64_t       n_expert = src0->ne[2];
+            const char *        ids_data = host_data(ids, ids_copy);
+            matrix_sums &       e        = entry_of(t, n_expert, n_expert);
             // kept for the weighted outputs: by then the ids' memory may be taken
             const bool is_down = with_experts && weight_name(t).find("ffn_down_exps") != std::string::npos;
             if (is_down) {
@@ -348,33 +341,36 @@ private:
             for (int64_t row = 0; row < ids->ne[1]; row++) {
                 for (int64_t i = 0; i < ids->ne[0]; i++) {
                     int32_t expert;
-                    memcpy(&expert, ids_data + row*ids->nb[1] + i*ids->nb[0], sizeof(expert));
+                    memcpy(&expert, ids_data + row * ids->nb[1] + i * ids->nb[0], sizeof(expert));
                     if (expert < 0 || expert >= n_expert) {
-                        throw std::runtime_error(weight_name(t) + ": expert id " + std::to_string(expert) + " is out of range");
+                        throw std::runtime_error(
+                            weight_name(t) + ": expert id " + std::to_string(expert) + " is out of range");
                     }
                     if (is_down) {
                         down_ids.push_back(expert);
                     }
                     e.counts[(size_t) expert]++;
-                    add_row(e.values.data() + expert*n_cols, data + row*src1->nb[2] + (i % src1->ne[1])*src1->nb[1], n_cols);
+                    add_row(e.values.data() + expert * n_cols,
+                        data + row * src1->nb[2] + (i % src1->ne[1]) * src1->nb[1], n_cols);
                 }
             }
-            require_finite(t, e.values.data(), n_cols*n_expert);
+            require_finite(t, e.values.data(), n_cols * n_expert);
             return;
         }
 
         const int64_t n_mat = src0->ne[2] * src0->ne[3];
-        matrix_sums & e = entry_of(t, n_mat, 1);
+        matrix_sums & e     = entry_of(t, n_mat, 1);
         for (int64_t i3 = 0; i3 < src1->ne[3]; i3++) {
             for (int64_t i2 = 0; i2 < src1->ne[2]; i2++) {
                 const int64_t mat = (i3 % src0->ne[3]) * src0->ne[2] + i2 % src0->ne[2];
                 for (int64_t i1 = 0; i1 < src1->ne[1]; i1++) {
-                    add_row(e.values.data() + mat*n_cols, data + i1*src1->nb[1] + i2*src1->nb[2] + i3*src1->nb[3], n_cols);
+                    add_row(e.values.data() + mat * n_cols,
+                        data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3], n_cols);
                 }
             }
         }
         e.counts[0] += ggml_nrows(src1) / n_mat;
-        require_finite(t, e.values.data(), n_cols*n_mat);
+        require_finite(t, e.values.data(), n_cols * n_mat);
     }
 
     bool                               process_output;
@@ -390,14 +386,13 @@ private:
 
 void register_imatrix(py::module_ & m) {
     py::class_<imatrix_session>(m, "ImatrixSession")
-        .def(py::init<std::shared_ptr<loaded_model>, int, int, int, bool, bool>(),
-            py::arg("engine"), py::arg("n_ctx"), py::arg("n_batch"), py::arg("n_threads"), py::arg("process_output"),
-            py::arg("experts"))
-        .def("close",          &imatrix_session::close)
-        .def("load_projector", &imatrix_session::load_projector,
-            py::arg("path"), py::arg("marker"), py::arg("n_threads"), py::arg("use_gpu"))
-        .def("add_tokens",     &imatrix_session::add_tokens, py::arg("tokens"))
-        .def("add_prompt",     &imatrix_session::add_prompt, py::arg("prompt"), py::arg("pictures"))
-        .def("statistics",     &imatrix_session::statistics)
+        .def(py::init<std::shared_ptr<loaded_model>, int, int, int, bool, bool>(), py::arg("engine"), py::arg("n_ctx"),
+            py::arg("n_batch"), py::arg("n_threads"), py::arg("process_output"), py::arg("experts"))
+        .def("close", &imatrix_session::close)
+        .def("load_projector", &imatrix_session::load_projector, py::arg("path"), py::arg("marker"),
+            py::arg("n_threads"), py::arg("use_gpu"))
+        .def("add_tokens", &imatrix_session::add_tokens, py::arg("tokens"))
+        .def("add_prompt", &imatrix_session::add_prompt, py::arg("prompt"), py::arg("pictures"))
+        .def("statistics", &imatrix_session::statistics)
         .def("expert_statistics", &imatrix_session::expert_statistics);
 }

@@ -37,7 +37,7 @@ static constexpr size_t LOG_LINES_MAX = 4096;
 static std::mutex           g_log_mutex;
 static std::deque<log_line> g_log_lines;
 static size_t               g_log_n_dropped = 0;
-static std::atomic<int>     g_log_level_min { GGML_LOG_LEVEL_WARN };
+static std::atomic<int>     g_log_level_min{ GGML_LOG_LEVEL_WARN };
 
 static void log_push(int source, ggml_log_level level, const char * text) {
     // a CONT line belongs to the line before it, and NONE is plain output: both follow the INFO threshold
@@ -60,19 +60,21 @@ static void log_callback(ggml_log_level level, const char * text, void * user_da
 static void log_set_level(int level) {
     g_log_level_min = level;
     // common's own scale counts the other way: 1 error .. 5 debug
+    // clang-format off
     common_log_set_verbosity_thold(
         level <= GGML_LOG_LEVEL_DEBUG ? LOG_LEVEL_DEBUG :
         level <= GGML_LOG_LEVEL_INFO  ? LOG_LEVEL_INFO  :
         level <= GGML_LOG_LEVEL_WARN  ? LOG_LEVEL_WARN  : LOG_LEVEL_ERROR);
+    // clang-format on
 }
 
 static py::tuple log_drain() {
     std::deque<log_line> lines;
-    size_t n_dropped;
+    size_t               n_dropped;
     {
         std::lock_guard<std::mutex> lock(g_log_mutex);
         lines.swap(g_log_lines);
-        n_dropped = g_log_n_dropped;
+        n_dropped       = g_log_n_dropped;
         g_log_n_dropped = 0;
     }
     py::list res;

@@ -2,9 +2,9 @@
 //
 // A session returns the logits of every row it decodes, media rows included, and can report which graph nodes ran.
 
-#include "bindings.h"
+#include "session.h"
 
-#include "../src/llama-ext.h"   // llama_get_memory_breakdown, found through the include path of `common`
+#include "../src/llama-ext.h"  // llama_get_memory_breakdown, found through the include path of `common`
 #include "ggml.h"
 #include "ggml-backend.h"
 #include "pyllamaernie-video.h"
@@ -22,8 +22,6 @@
 
 namespace py = pybind11;
 
-template <typename T> using array_in = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
 //
 // vocabulary
 //
@@ -36,14 +34,17 @@ static const llama_vocab * vocab_of(const loaded_model & core) {
     return llama_model_get_vocab(model);
 }
 
-static std::vector<llama_token> tokenize(const loaded_model & core, const py::bytes & text, bool add_special, bool parse_special) {
-    const llama_vocab * vocab = vocab_of(core);
-    const std::string_view view(text);
+static std::vector<llama_token> tokenize(
+    const loaded_model & core, const py::bytes & text, bool add_special, bool parse_special) {
+    const llama_vocab *      vocab = vocab_of(core);
+    const std::string_view   view(text);
     std::vector<llama_token> res(view.size() + 2);
-    int32_t n = llama_tokenize(vocab, view.data(), (int32_t) view.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
+    int32_t                  n = llama_tokenize(
+        vocab, view.data(), (int32_t) view.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
     if (n < 0 && n != INT32_MIN) {
         res.resize((size_t) -n);
-        n = llama_tokenize(vocab, view.data(), (int32_t) view.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
+        n = llama_tokenize(
+            vocab, view.data(), (int32_t) view.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
     }
     if (n < 0) {
         throw std::runtime_error("the text could not be tokenized");
@@ -52,7 +53,8 @@ static std::vector<llama_token> tokenize(const loaded_model & core, const py::by
     return res;
 }
 
-static py::bytes detokenize(const loaded_model & core, const std::vector<llama_token> & tokens, bool remove_special, bool unparse_special) {
+static py::bytes detokenize(
+    const loaded_model & core, const std::vector<llama_token> & tokens, bool remove_special, bool unparse_special) {
     const llama_vocab * vocab = vocab_of(core);
     for (llama_token token : tokens) {
         if (token < 0 || token >= llama_vocab_n_tokens(vocab)) {
@@ -60,10 +62,12 @@ static py::bytes detokenize(const loaded_model & core, const std::vector<llama_t
         }
     }
     std::string res(tokens.size() * 8 + 16, '\0');
-    int32_t n = llama_detokenize(vocab, tokens.data(), (int32_t) tokens.size(), &res[0], (int32_t) res.size(), remove_special, unparse_special);
+    int32_t     n = llama_detokenize(
+        vocab, tokens.data(), (int32_t) tokens.size(), &res[0], (int32_t) res.size(), remove_special, unparse_special);
     if (n < 0) {
         res.resize((size_t) -n);
-        n = llama_detokenize(vocab, tokens.data(), (int32_t) tokens.size(), &res[0], (int32_t) res.size(), remove_special, unparse_special);
+        n = llama_detokenize(vocab, tokens.data(), (int32_t) tokens.size(), &res[0], (int32_t) res.size(),
+            remove_special, unparse_special);
     }
     return py::bytes(res.data(), (size_t) std::max(n, 0));
 }
@@ -71,7 +75,7 @@ static py::bytes detokenize(const loaded_model & core, const std::vector<llama_t
 static py::object metadata(const loaded_model & core, const std::string & key) {
     vocab_of(core);
     const llama_model * model = core.model;
-    const int32_t n = llama_model_meta_val_str(model, key.c_str(), nullptr, 0);
+    const int32_t       n     = llama_model_meta_val_str(model, key.c_str(), nullptr, 0);
     if (n < 0) {
         return py::none();
     }
@@ -83,7 +87,7 @@ static py::object metadata(const loaded_model & core, const std::string & key) {
 static py::dict model_info(const loaded_model & core) {
     const llama_vocab * vocab = vocab_of(core);
     const llama_model * model = core.model;
-    py::dict res;
+    py::dict            res;
     res["n_vocab"]     = llama_vocab_n_tokens(vocab);
     res["n_embd"]      = llama_model_n_embd(model);
     res["n_ctx_train"] = llama_model_n_ctx_train(model);
@@ -109,35 +113,31 @@ struct media_chunk {
 
 // Shapes: -> (n_frames, height, width, 3) float32, normalized
 static py::array_t<float> media_pixels(const media_chunk & media) {
-    int32_t nx = 0;
-    int32_t ny = 0;
-    size_t n_frames = 0;
+    int32_t nx       = 0;
+    int32_t ny       = 0;
+    size_t  n_frames = 0;
     while (mtmd_input_chunk_get_pixels(media.chunk.get(), n_frames, &nx, &ny)) {
         n_frames++;
     }
-    const size_t n_values = (size_t) nx * ny * 3;
+    const size_t       n_values = (size_t) nx * ny * 3;
     py::array_t<float> res({ n_frames, (size_t) ny, (size_t) nx, (size_t) 3 });
     for (size_t i = 0; i < n_frames; i++) {
-        memcpy(res.mutable_data() + i * n_values, mtmd_input_chunk_get_pixels(media.chunk.get(), i, &nx, &ny), n_values * sizeof(float));
+        memcpy(res.mutable_data() + i * n_values, mtmd_input_chunk_get_pixels(media.chunk.get(), i, &nx, &ny),
+            n_values * sizeof(float));
     }
     return res;
 }
 
 class session : public context_session {
 public:
-    session(std::shared_ptr<loaded_model> core, const py::kwargs & options)
-            : context_session(std::move(core)) {
-        llama_context_params params = llama_context_default_params();
-        params.n_ctx           = options["n_ctx"].cast<uint32_t>();
-        params.n_batch         = options["n_batch"].cast<uint32_t>();
-        params.n_ubatch        = options["n_ubatch"].cast<uint32_t>();
-        params.n_threads       = options["n_threads"].cast<int32_t>();
-        params.n_threads_batch = options["n_threads"].cast<int32_t>();
+    session(std::shared_ptr<loaded_model> core, const py::kwargs & options) : context_session(std::move(core)) {
+        llama_context_params params =
+            context_params(options["n_ctx"].cast<uint32_t>(), options["n_batch"].cast<uint32_t>(),
+                options["n_ubatch"].cast<uint32_t>(), options["n_threads"].cast<int32_t>());
         params.type_k          = (ggml_type) options["type_k"].cast<int>();
         params.type_v          = (ggml_type) options["type_v"].cast<int>();
         flash_attn             = (llama_flash_attn_type) options["flash_attn"].cast<int>();
         params.flash_attn_type = flash_attn;
-        params.n_seq_max       = 1;
         if (options["trace"].cast<bool>()) {
             params.cb_eval           = on_node;
             params.cb_eval_user_data = this;
@@ -146,25 +146,18 @@ public:
     }
 
     void load_projector(const std::string & path, int n_threads, bool use_gpu) {
-        mtmd_context_params params = mtmd_context_params_default();
-        params.use_gpu         = use_gpu;
-        params.flash_attn_type = flash_attn;
-        params.n_threads       = n_threads;
+        mtmd_context_params params = projector_params(n_threads, use_gpu);
+        params.flash_attn_type     = flash_attn;
         open_projector(path, params);
     }
 
     // Shapes: (height, width, 3) uint8
     std::unique_ptr<media_chunk> tokenize_image(const array_in<uint8_t> & rgb) {
         require_projector();
-        if (rgb.ndim() != 3 || rgb.shape(2) != 3) {
-            throw std::invalid_argument("a picture is (height, width, 3) uint8");
-        }
-        const uint32_t ny = (uint32_t) rgb.shape(0);
-        const uint32_t nx = (uint32_t) rgb.shape(1);
-        const unsigned char * data = rgb.data();
+        mtmd::bitmap bitmap = picture_bitmap(rgb);
 
         py::gil_scoped_release release;
-        return tokenize_media(mtmd::bitmap(mtmd_bitmap_init(nx, ny, data)));
+        return tokenize_media(std::move(bitmap));
     }
 
     // Shapes: (n_frames, height, width, 3) uint8
@@ -176,9 +169,9 @@ public:
         if (!mtmd_takes_whole_videos(mctx.get())) {
             throw std::invalid_argument("this projector takes no videos");
         }
-        const uint32_t n  = (uint32_t) rgb.shape(0);
-        const uint32_t ny = (uint32_t) rgb.shape(1);
-        const uint32_t nx = (uint32_t) rgb.shape(2);
+        const uint32_t        n    = (uint32_t) rgb.shape(0);
+        const uint32_t        ny   = (uint32_t) rgb.shape(1);
+        const uint32_t        nx   = (uint32_t) rgb.shape(2);
         const unsigned char * data = rgb.data();
 
         py::gil_scoped_release release;
@@ -189,7 +182,7 @@ public:
     py::array_t<float> encode(const media_chunk & media) {
         require_projector();
         py::array_t<float> res({ (size_t) media.n_tokens, n_embd() });
-        float * dst = res.mutable_data();
+        float *            dst = res.mutable_data();
         {
             py::gil_scoped_release release;
             if (mtmd_encode_chunk(mctx.get(), media.chunk.get()) != 0) {
@@ -209,9 +202,8 @@ public:
                 throw std::invalid_argument("token id " + std::to_string(ids[i]) + " is not in the vocabulary");
             }
         }
-        return logits_of((int32_t) tokens.size(), [&](auto && done) {
-            decode_text(ids, (int32_t) tokens.size(), pos_0, done);
-        });
+        return logits_of(
+            (int32_t) tokens.size(), [&](auto && done) { decode_text(ids, (int32_t) tokens.size(), pos_0, done); });
     }
 
     // Shapes: (n_tokens, n_embd) float32 -> (n_tokens, n_vocab) float32
@@ -221,9 +213,7 @@ public:
             throw std::invalid_argument("the embeddings do not have the shape of the chunk");
         }
         const float * rows = embd.data();
-        return logits_of(media.n_tokens, [&](auto && done) {
-            decode_media(media.chunk.get(), rows, pos_0, done);
-        });
+        return logits_of(media.n_tokens, [&](auto && done) { decode_media(media.chunk.get(), rows, pos_0, done); });
     }
 
     void clear() {
@@ -259,7 +249,8 @@ private:
     // The scheduler asks for every node in order and does not look at the compute flag, so it is tested here.
     static bool on_node(ggml_tensor * t, bool ask, void * user_data) {
         if (ask && (t->flags & GGML_TENSOR_FLAG_COMPUTE)) {
-            ((session *) user_data)->last_nodes.emplace_back(ggml_op_name(t->op), t->name, t->src[0] ? t->src[0]->name : "");
+            ((session *) user_data)
+                ->last_nodes.emplace_back(ggml_op_name(t->op), t->name, t->src[0] ? t->src[0]->name : "");
         }
         return ask ? false : true;
     }
@@ -269,10 +260,10 @@ private:
     }
 
     std::unique_ptr<media_chunk> tokenize_media(mtmd::bitmap bitmap) {
-        const mtmd_bitmap * bitmaps[] = { bitmap.ptr.get() };
-        const char * marker = mtmd_get_marker(mctx.get());
-        const mtmd_input_text text = { marker, strlen(marker), /*add_special*/ false, /*parse_special*/ true };
-        mtmd::input_chunks chunks(mtmd_input_chunks_init());
+        const mtmd_bitmap *   bitmaps[] = { bitmap.ptr.get() };
+        const char *          marker    = mtmd_get_marker(mctx.get());
+        const mtmd_input_text text      = { marker, strlen(marker), /*add_special*/ false, /*parse_special*/ true };
+        mtmd::input_chunks    chunks(mtmd_input_chunks_init());
         if (mtmd_tokenize(mctx.get(), chunks.ptr.get(), &text, bitmaps, 1) != 0) {
             throw std::runtime_error("the picture or video could not be preprocessed");
         }
@@ -291,9 +282,9 @@ private:
 
     // run(done) decodes n rows
     template <typename F> py::array_t<float> logits_of(int32_t n, F && run) {
-        const size_t width = (size_t) n_vocab();
+        const size_t       width = (size_t) n_vocab();
         py::array_t<float> res({ (size_t) n, width });
-        float * dst = res.mutable_data();
+        float *            dst = res.mutable_data();
         last_nodes.clear();
 
         py::gil_scoped_release release;
@@ -311,30 +302,31 @@ private:
 };
 
 void register_model(py::module_ & m) {
-    m.def("tokenize",   &tokenize,   py::arg("engine"), py::arg("text"), py::arg("add_special"), py::arg("parse_special"));
-    m.def("detokenize", &detokenize, py::arg("engine"), py::arg("tokens"), py::arg("remove_special"), py::arg("unparse_special"));
-    m.def("metadata",   &metadata,   py::arg("engine"), py::arg("key"));
+    m.def("tokenize", &tokenize, py::arg("engine"), py::arg("text"), py::arg("add_special"), py::arg("parse_special"));
+    m.def("detokenize", &detokenize, py::arg("engine"), py::arg("tokens"), py::arg("remove_special"),
+        py::arg("unparse_special"));
+    m.def("metadata", &metadata, py::arg("engine"), py::arg("key"));
     m.def("model_info", &model_info, py::arg("engine"));
 
     py::class_<media_chunk>(m, "MediaChunk")
         .def("pixels", &media_pixels)
         .def_readonly("n_tokens", &media_chunk::n_tokens)
-        .def_readonly("n_pos",    &media_chunk::n_pos);
+        .def_readonly("n_pos", &media_chunk::n_pos);
 
     py::class_<session>(m, "Session")
         .def(py::init<std::shared_ptr<loaded_model>, const py::kwargs &>(), py::arg("engine"))
-        .def("close",          &session::close)
+        .def("close", &session::close)
         .def("load_projector", &session::load_projector, py::arg("path"), py::arg("n_threads"), py::arg("use_gpu"))
         .def("tokenize_image", &session::tokenize_image, py::arg("rgb"))
         .def("tokenize_video", &session::tokenize_video, py::arg("rgb"))
-        .def("encode",         &session::encode,         py::arg("chunk"))
-        .def("decode_tokens",  &session::decode_tokens,  py::arg("tokens"), py::arg("pos"))
-        .def("decode_media",   &session::decode_rows,    py::arg("chunk"), py::arg("embd"), py::arg("pos"))
-        .def("clear",          &session::clear)
-        .def_property_readonly("n_ctx",                &session::n_ctx)
+        .def("encode", &session::encode, py::arg("chunk"))
+        .def("decode_tokens", &session::decode_tokens, py::arg("tokens"), py::arg("pos"))
+        .def("decode_media", &session::decode_rows, py::arg("chunk"), py::arg("embd"), py::arg("pos"))
+        .def("clear", &session::clear)
+        .def_property_readonly("n_ctx", &session::n_ctx)
         .def_property_readonly("compute_buffer_bytes", &session::compute_buffer_bytes)
-        .def_property_readonly("n_graph_reuse",        &session::n_graph_reuse)
-        .def_readonly("last_nodes",                    &session::last_nodes);
+        .def_property_readonly("n_graph_reuse", &session::n_graph_reuse)
+        .def_readonly("last_nodes", &session::last_nodes);
 
     py::dict types;
     for (int i = 0; i < GGML_TYPE_COUNT; i++) {

@@ -41,7 +41,7 @@ static void require_plain(const ggml_tensor * t) {
     for (const char * other : { "Mapped", "REPACK", "AMX", "KLEIDIAI" }) {
         if (strstr(name, other) != nullptr) {
             throw py::value_error(std::string(t->name) + " lies in a buffer of kind " + name +
-                    ", which cannot be overwritten; load the model without memory mapping, in F32, F16 or BF16");
+                ", which cannot be overwritten; load the model without memory mapping, in F32, F16 or BF16");
         }
     }
 }
@@ -50,22 +50,22 @@ static void require_plain(const ggml_tensor * t) {
 static py::array_t<uint8_t> tensor_data(const loaded_model & core, const std::string & name) {
     const ggml_tensor * t = find_tensor(core, name);
     require_plain(t);
-    py::array_t<uint8_t> res((py::ssize_t) ggml_nbytes(t));
-    uint8_t * dst = res.mutable_data();
+    py::array_t<uint8_t>   res((py::ssize_t) ggml_nbytes(t));
+    uint8_t *              dst = res.mutable_data();
     py::gil_scoped_release release;
     ggml_backend_tensor_get(t, dst, 0, ggml_nbytes(t));
     return res;
 }
 
 // Shapes: data (n_bytes,) uint8 in the tensor's own type
-static void set_tensor_data(const loaded_model & core, const std::string & name,
-        const py::array_t<uint8_t, py::array::c_style | py::array::forcecast> & data) {
+static void set_tensor_data(const loaded_model & core, const std::string & name, const array_in<uint8_t> & data) {
     ggml_tensor * t = find_tensor(core, name);
     require_plain(t);
     if ((size_t) data.nbytes() != ggml_nbytes(t)) {
-        throw py::value_error(name + " has " + std::to_string(ggml_nbytes(t)) + " bytes, got " + std::to_string(data.nbytes()));
+        throw py::value_error(
+            name + " has " + std::to_string(ggml_nbytes(t)) + " bytes, got " + std::to_string(data.nbytes()));
     }
-    const uint8_t * src = data.data();
+    const uint8_t *        src = data.data();
     py::gil_scoped_release release;
     ggml_backend_tensor_set(t, src, 0, ggml_nbytes(t));
 }

@@ -1,4 +1,4 @@
-// RPC: the protocol of this build, and workers as devices of this process. The handshake is pyllamaernie/rpc.py's.
+// RPC: the protocol of this build, and workers as devices of this process. The handshake is pyllamaernie/llama/rpc.py's.
 
 #include "bindings.h"
 
@@ -24,7 +24,8 @@ static std::vector<std::string> rpc_add_server(const std::string & endpoint) {
     if (rpc == nullptr) {
         throw std::runtime_error("this build has no RPC backend");
     }
-    auto * add_server = (decltype(ggml_backend_rpc_add_server) *) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
+    auto * add_server =
+        (decltype(ggml_backend_rpc_add_server) *) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
     ggml_backend_reg_t reg = add_server(endpoint.c_str());
     if (reg == nullptr) {
         throw std::runtime_error("the worker offers no device");
@@ -40,9 +41,10 @@ static std::vector<std::string> rpc_add_server(const std::string & endpoint) {
 static std::vector<std::string> gpu_devices(bool rpc) {
     std::vector<std::string> res;
     for (size_t i = 0; i < ggml_backend_dev_count(); i++) {
-        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
-        const auto type = ggml_backend_dev_type(dev);
-        if ((type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) && device_is_rpc(dev) == rpc) {
+        ggml_backend_dev_t dev  = ggml_backend_dev_get(i);
+        const auto         type = ggml_backend_dev_type(dev);
+        if ((type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) &&
+            device_is_rpc(dev) == rpc) {
             res.push_back(ggml_backend_dev_name(dev));
         }
     }
@@ -50,7 +52,8 @@ static std::vector<std::string> gpu_devices(bool rpc) {
 }
 
 void register_rpc(py::module_ & m) {
-    m.attr("RPC_VERSION") = py::make_tuple((int) RPC_PROTO_MAJOR_VERSION, (int) RPC_PROTO_MINOR_VERSION, (int) RPC_PROTO_PATCH_VERSION);
+    m.attr("RPC_VERSION") =
+        py::make_tuple((int) RPC_PROTO_MAJOR_VERSION, (int) RPC_PROTO_MINOR_VERSION, (int) RPC_PROTO_PATCH_VERSION);
     m.def("rpc_add_server", &rpc_add_server, py::arg("endpoint"), py::call_guard<py::gil_scoped_release>());
-    m.def("gpu_devices",    &gpu_devices,    py::arg("rpc"));
+    m.def("gpu_devices", &gpu_devices, py::arg("rpc"));
 }

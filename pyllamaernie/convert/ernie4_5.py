@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyllamaernie._upstream import FILE_TYPES, QUANTIZATION_VERSION, Key, OutTensor, TensorType
 from pyllamaernie.convert.checkpoint import Checkpoint
 from pyllamaernie.convert.plan import ImpliedPool, Pool, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
 from pyllamaernie.errors import ConvertError
+from pyllamaernie.gguf.file import FILE_TYPES, QUANTIZATION_VERSION, Key, OutTensor, TensorType
 
 ARCH = "ernie4_5"
 
@@ -188,9 +188,6 @@ def mlp_tensors(
     return out
 
 
-# ---- the family ------------------------------------------------------------------------------------------------------
-
-
 def pool(checkpoint: Checkpoint) -> Pool:
     """The checkpoint's tensors under canonical names, without those that are dropped."""
     return make_pool(checkpoint, canonical_name)
@@ -222,7 +219,7 @@ def _optional(config: Mapping[str, Any]) -> Callable[[str], bool]:
             return text.get("moe_use_aux_free") is not False
         block = re.match(r"model\.mtp_\w+\.(\d+)\.", name)
         odd = any(part in name for part in ("up_gate_proj", "qkv_proj", ".experts."))
-        return bool(block) and int(block[1]) < (text.get("num_nextn_predict_layers") or 0) and not odd
+        return block is not None and int(block[1]) < (text.get("num_nextn_predict_layers") or 0) and not odd
 
     return there
 

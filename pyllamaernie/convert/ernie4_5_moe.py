@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyllamaernie._upstream import Key, OutTensor, TensorType
 from pyllamaernie.convert import ernie4_5
 from pyllamaernie.convert.checkpoint import Checkpoint
 from pyllamaernie.convert.ernie4_5 import TextConfig, need
 from pyllamaernie.convert.plan import Pool, Rows, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
 from pyllamaernie.errors import ConvertError
+from pyllamaernie.gguf.file import Key, OutTensor, TensorType
 
 ARCH = "ernie4_5-moe"
 
@@ -113,8 +113,6 @@ def shared_tensors(pool: Pool, c: TextConfig, il: int, n_ff: int, wanted: Tensor
         pool, c, f"model.layers.{il}.mlp.shared_experts", f"blk.{il}", n_ff, wanted, suffix="_shexp"
     )
 
-
-# ---- the family ------------------------------------------------------------------------------------------------------
 
 pool = ernie4_5.pool
 

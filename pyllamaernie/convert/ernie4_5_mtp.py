@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import re
 
-from pyllamaernie._upstream import Key, OutTensor, TensorType
 from pyllamaernie.convert import ernie4_5
 from pyllamaernie.convert.ernie4_5 import TextConfig
 from pyllamaernie.convert.plan import Pool, out_tensor
 from pyllamaernie.errors import ConvertError
+from pyllamaernie.gguf.file import Key, OutTensor, TensorType
 
 ARCH = "ernie4_5-mtp"
 NAMES = re.compile(r"^model\.mtp_")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from pyllamaernie._upstream import FILE_TYPES, QUANTIZATION_VERSION, Key, OutTensor, TensorType
 from pyllamaernie.convert import ernie4_5, ernie4_5_moe
 from pyllamaernie.convert.checkpoint import Checkpoint
 from pyllamaernie.convert.ernie4_5 import TextConfig, need
@@ -23,6 +22,7 @@ from pyllamaernie.convert.ernie4_5_moe import Bank
 from pyllamaernie.convert.plan import Pool, Rows, computed_tensor, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
 from pyllamaernie.errors import ConvertError, TokenizerError
+from pyllamaernie.gguf.file import FILE_TYPES, QUANTIZATION_VERSION, Key, OutTensor, TensorType
 
 log = logging.getLogger("pyllamaernie.convert")
 
@@ -72,9 +72,6 @@ def canonical_name(name: str) -> str:
     return name
 
 
-# ---- RoPE ------------------------------------------------------------------------------------------------------------
-
-
 def sections(c: TextConfig) -> Sections:
     """From `mrope_section` = [h, w, t] (transformers) or `freq_allocation` = t (Baidu).
 
@@ -117,7 +114,7 @@ def source_pairs(s: Sections) -> np.ndarray:
 def head_order(s: Sections) -> list[int]:
     """Row of a head that goes to each place: pairs (2k, 2k + 1) become (j, j + n/2)."""
     k = source_pairs(s)
-    return np.concatenate([2 * k, 2 * k + 1]).tolist()
+    return [int(row) for row in np.concatenate([2 * k, 2 * k + 1])]
 
 
 def rope_factors(s: Sections, freq_base: float) -> np.ndarray:
@@ -130,9 +127,6 @@ def rope_factors(s: Sections, freq_base: float) -> np.ndarray:
     n = 2 * k.size
     step = float(np.float32(freq_base ** (-2.0 / n)))
     return (step ** np.arange(k.size, dtype=np.float64) * float(freq_base) ** (2.0 * k / n)).astype(np.float32)
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def _pair(value: Any, what: str) -> tuple[int, int]:
@@ -163,8 +157,8 @@ def sparse_layers(c: TextConfig) -> list[bool]:
     if v.get("mlp_layer_types") is not None:
         return ernie4_5_moe.sparse_layers(c)
     starts = _pair(need(v, "moe_layer_start_index"), "moe_layer_start_index")
-    ends = _pair(v.get("moe_layer_end_index", -1), "moe_layer_end_index")
-    ends = tuple(c.n_layer - 1 if end in (-1, None) else min(end, c.n_layer - 1) for end in ends)
+    said = _pair(v.get("moe_layer_end_index", -1), "moe_layer_end_index")
+    ends = [c.n_layer - 1 if end in (-1, None) else min(end, c.n_layer - 1) for end in said]
     if starts[0] != starts[1] or ends[0] != ends[1]:
         raise ConvertError(
             f"config.json: text experts in layers {starts[0]}..{ends[0]}, vision experts in {starts[1]}..{ends[1]}; "
@@ -240,9 +234,6 @@ def text_model(
     return keys, out
 
 
-# ---- vision ----------------------------------------------------------------------------------------------------------
-
-
 def _vision_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     v = need(config, "vision_config")
     merge = config.get("spatial_conv_size") or need(v, "spatial_merge_size")
@@ -314,7 +305,7 @@ def _marker_rows(
     Those of videos are left out where neither the vocabulary nor the configuration knows them.
     """
     table = pool.take("model.embed_tokens.weight", (c.n_vocab, c.n_embd))
-    out = []
+    out: list[OutTensor] = []
     for name, text, key in _MARKERS:
         token, said = vocabulary.find(text), checkpoint.config.get(key)
         if not vocabulary.tokens:  # a dry run without a tokenizer: any row is as long
@@ -338,6 +329,14 @@ def vision_model(
 ) -> tuple[list[Key], list[OutTensor]]:
     """Keys and tensors of the mmproj GGUF."""
     c, v = ernie4_5.text_config(checkpoint.config), _vision_sizes(checkpoint.config)
+    tensors = _vision_tensors(pool, c, v, wanted)
+    markers = _marker_rows(checkpoint, pool, c, vocabulary, wanted)
+    keys = _vision_keys(checkpoint, c, v, wanted, takes_videos=len(markers) == len(_MARKERS))
+    return keys, [*tensors, *markers]
+
+
+def _vision_tensors(pool: Pool, c: TextConfig, v: Mapping[str, int], wanted: TensorType) -> list[OutTensor]:
+    """The tower, block by block, and the resampler; `v` is what _vision_sizes says."""
     width, n_ff, merged = v["width"], v["n_ff"], v["width"] * v["merge"] ** 2
     out: list[OutTensor] = []
 
@@ -352,11 +351,7 @@ def vision_model(
         vector(f"{theirs}.weight", f"{ours}.weight", n)
         vector(f"{theirs}.bias", f"{ours}.bias", n)
 
-    patch = (
-        v["channels"],
-        v["patch"],
-        v["patch"],
-    )  # a patch is stored as channel, row, column: the convolution's own order
+    patch = (v["channels"], v["patch"], v["patch"])  # stored as channel, row, column: the convolution's own order
     kernel = pool.take("vision_model.patch_embed.proj.weight", (width, math.prod(patch)))
     out.append(out_tensor("v.patch_embd.weight", [kernel], (width, *patch), wanted))
     sizes = {
@@ -377,18 +372,22 @@ def vision_model(
         norm(f"{resampler}.{part}.3", f"mm.{first + 2}", merged)
     linear(f"{resampler}.mlp", "mm.6", c.n_embd, merged)
     vector(f"{resampler}.after_norm.weight", "mm.post_norm.weight", c.n_embd)
-    markers = _marker_rows(checkpoint, pool, c, vocabulary, wanted)
-    out += markers
-    keys = [
+    return out
+
+
+def _vision_keys(
+    checkpoint: Checkpoint, c: TextConfig, v: Mapping[str, int], wanted: TensorType, *, takes_videos: bool
+) -> list[Key]:
+    return [
         Key("general.file_type", "u32", FILE_TYPES[wanted]),
         Key("general.quantization_version", "u32", QUANTIZATION_VERSION),
         Key("clip.has_vision_encoder", "bool", True),
         Key("clip.projector_type", "str", PROJECTOR),
         *_image_keys(checkpoint),
-        *(_video_keys(checkpoint) if len(markers) == len(_MARKERS) else []),
+        *(_video_keys(checkpoint) if takes_videos else []),
         Key("clip.vision.patch_size", "u32", v["patch"]),
-        Key("clip.vision.embedding_length", "u32", width),
-        Key("clip.vision.feed_forward_length", "u32", n_ff),
+        Key("clip.vision.embedding_length", "u32", v["width"]),
+        Key("clip.vision.feed_forward_length", "u32", v["n_ff"]),
         Key("clip.vision.block_count", "u32", v["depth"]),
         Key("clip.vision.attention.head_count", "u32", v["n_head"]),
         Key("clip.vision.attention.layer_norm_epsilon", "f32", VISION_EPS),
@@ -396,4 +395,3 @@ def vision_model(
         Key("clip.vision.spatial_merge_size", "u32", v["merge"]),
         Key("clip.vision.projector.layer_norm_epsilon", "f32", c.rms_eps),
     ]
-    return keys, out

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pyllamaernie._upstream import OutTensor, TensorType, block_size, encode_rows
 from pyllamaernie.convert.checkpoint import FLOAT_TYPES, StoredTensor
 from pyllamaernie.errors import ConvertError, TensorMappingError
+from pyllamaernie.gguf.file import OutTensor, TensorType, block_size
+from pyllamaernie.quant.codec import encode_rows
 
 log = logging.getLogger("pyllamaernie.convert")
 
@@ -183,6 +184,8 @@ def out_tensor(name: str, pieces: Sequence[Rows | None], shape: tuple[int, ...],
 
     def blocks() -> Iterator[np.ndarray]:
         for piece in pieces:
+            if piece is None:
+                raise AssertionError(f"{name}: written although a part of it is missing")
             for block in piece.blocks(raw):
                 same = piece.tensor.dtype == raw
                 yield block if same else _encode(name, block.reshape(-1, shape[-1]) if len(shape) > 1 else block, kind)

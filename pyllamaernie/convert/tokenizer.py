@@ -11,10 +11,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pyllamaernie._upstream import Key, TokenType, special_token_keys
 from pyllamaernie.convert.checkpoint import Checkpoint
 from pyllamaernie.errors import TokenizerError
+from pyllamaernie.gguf.file import Key, TokenType, special_token_keys
 
 log = logging.getLogger("pyllamaernie.convert")
 
@@ -165,7 +166,8 @@ def _read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, TokenType]],
     return pieces, model_type
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a message: an int or, by its wire type, bytes."""
     at = 0
 
     def varint() -> int:

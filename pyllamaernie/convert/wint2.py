@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from pyllamaernie._upstream import Key, OutTensor, TensorType
 from pyllamaernie.convert.checkpoint import StoredTensor, read_config, read_tensors
 from pyllamaernie.convert.ernie4_5 import TextConfig, canonical_name
 from pyllamaernie.convert.ernie4_5_moe import Bank, sparse_layers
 from pyllamaernie.convert.plan import Pool
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError
+from pyllamaernie.gguf.file import Key, OutTensor, TensorType
+from pyllamaernie.gguf.types import QUANT_TYPES
 from pyllamaernie.quant.ccq import baidu_weights, bf16_to_float32, decode_ccq2_b, encode_ccq2_b
-from pyllamaernie.quant.types import QUANT_TYPES
 
 TYPE = QUANT_TYPES["CCQ2_B"]
 UP_GATE, DOWN = PROJECTIONS = ("up_gate_proj", "down_proj")
@@ -38,6 +38,8 @@ _SAME = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
     *("moe_num_experts", "moe_intermediate_size", "moe_layer_start_index", "moe_k", "vocab_size"),
 )
+_PER_ROW = ("code_scale", "code_zp", "super_bf16")
+_ALL = ("q", "local", *_PER_ROW)  # the arrays of Codes
 _CHECKED_STEP = 64  # every 64th channel is decoded again: 1.6 %
 
 
@@ -57,7 +59,7 @@ class Codes:
 
     @property
     def n_cols(self) -> int:
-        return 4 * self.q.shape[0]
+        return 4 * int(self.q.shape[0])
 
     def part(self, channels: slice, start: int, stop: int) -> Codes:
         """Some output channels and the input columns start..stop, which are multiples of 128."""
@@ -72,9 +74,6 @@ class Codes:
         return baidu_weights(self.q, self.local, self.code_scale, self.code_zp, bf16_to_float32(self.super_bf16)).T
 
 
-# ---- other readings of the same bytes; each brings them to the documented one ----------------------------------------
-
-
 def _low_first(codes: Codes, projection: str) -> Codes:
     return replace(codes, local=(codes.local >> 4) | (codes.local << 4))
 
@@ -83,10 +82,8 @@ def _up_first(codes: Codes, projection: str) -> Codes:
     if projection != UP_GATE:
         return codes
     half = codes.q.shape[1] // 2
-    return replace(
-        codes,
-        **{n: np.roll(getattr(codes, n), half, axis=-1) for n in ("q", "local", "code_scale", "code_zp", "super_bf16")},
-    )
+    rolled: dict[str, Any] = {n: np.roll(getattr(codes, n), half, axis=-1) for n in _ALL}
+    return replace(codes, **rolled)
 
 
 def _signed(codes: Codes, projection: str) -> Codes:
@@ -94,8 +91,9 @@ def _signed(codes: Codes, projection: str) -> Codes:
 
 
 def _by_channel(codes: Codes, projection: str) -> Codes:
-    turned = {n: getattr(codes, n) for n in ("q", "local")}
-    return replace(codes, **{n: np.reshape(a, a.shape[::-1]).T for n, a in turned.items()})
+    arrays = {"q": codes.q, "local": codes.local}
+    turned: dict[str, Any] = {n: np.reshape(a, a.shape[::-1]).T for n, a in arrays.items()}
+    return replace(codes, **turned)
 
 
 def _tiled(codes: Codes, projection: str) -> Codes:
@@ -135,9 +133,6 @@ def apply_reading(codes: Codes, projection: str, reading: str) -> Codes:
     for name in reversed(split_reading(reading)):
         codes = READINGS[name][1](codes, projection)
     return codes
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,8 @@ def find(folder: Path, *, need_weights: bool = True) -> TwoBitFolder | None:
         raise MissingFileError(f"{folder}: has {', '.join(p.name for p in ranks)}; expected rank0 and on, without gaps")
     folders = tuple(ranks) or (folder,)
     parts = [read_tensors(part, need_weights=need_weights)[0] for part in folders]
-    return TwoBitFolder(folder, config, w4_end, None if None in parts else tuple(parts), folders)
+    whole = tuple(part for part in parts if part is not None)
+    return TwoBitFolder(folder, config, w4_end, whole if len(whole) == len(parts) else None, folders)
 
 
 def original_name(folder: Path) -> str:
@@ -204,9 +200,6 @@ def check_same_model(two_bit: TwoBitFolder, original: Mapping[str, Any], folder:
                 f"{folder}: {key} is {theirs}, in {two_bit.folder} it is {ours}; "
                 f"the original of that is {original_name(two_bit.folder)}"
             )
-
-
-# ---- its experts -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,8 +264,9 @@ class Experts:
                         pool.take(f"{stem}.code_zp", (n,), _FLOAT),
                         pool.take(f"{stem}.{spelling}", (n,), _BITS16),
                     ]
-                    if None not in five:
-                        found[il, e, p] = _Stored(*(tensors[rows.tensor.name] for rows in five))
+                    stored = [tensors[rows.tensor.name] for rows in five if rows is not None]
+                    if len(stored) == len(five):
+                        found[il, e, p] = _Stored(*stored)
         pool.finish()
         return found
 
@@ -288,11 +282,13 @@ class Experts:
             return tuple(slices)
         first = slices[0]
         if projection == UP_GATE:
-            return (replace(first, **{n: _paired([getattr(s, n) for s in slices]) for n in _ALL}),)
+            paired: dict[str, Any] = {n: _paired([getattr(s, n) for s in slices]) for n in _ALL}
+            return (replace(first, **paired),)
         if all(
             np.array_equal(getattr(s, n).view("u1"), getattr(first, n).view("u1")) for s in slices for n in _PER_ROW
         ):
-            return (replace(first, **{n: np.concatenate([getattr(s, n) for s in slices]) for n in ("q", "local")}),)
+            joined: dict[str, Any] = {n: np.concatenate([getattr(s, n) for s in slices]) for n in ("q", "local")}
+            return (replace(first, **joined),)
         if first.n_cols % TYPE.block_size:
             raise ConvertError(
                 f"{first.name}: the {len(slices)} slices have parameters of their own for {first.n_cols} columns each, "
@@ -303,6 +299,8 @@ class Experts:
     def out_tensor(self, name: str, shape: tuple[int, ...]) -> OutTensor:
         """The stacked gate, up or down matrices of one layer as CCQ2_B; encoded and checked expert by expert."""
         found = _OUT.match(name)
+        if found is None:
+            raise ValueError(f"{name} holds no experts of a layer")
         il, which = int(found[1]), found[2]
         projection, n_rows = (DOWN if which == "down" else UP_GATE), shape[1]
         first = n_rows if which == "up" else 0
@@ -317,11 +315,7 @@ class Experts:
                     e,
                 )
 
-        return OutTensor(name, shape, TensorType.CCQ2_B, blocks)
-
-
-_PER_ROW = ("code_scale", "code_zp", "super_bf16")
-_ALL = ("q", "local", *_PER_ROW)
+        return OutTensor(name, shape, TensorType(TYPE.ggml_id), blocks)
 
 
 def _paired(slices: Sequence[np.ndarray]) -> np.ndarray:

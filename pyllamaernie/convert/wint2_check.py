@@ -82,17 +82,23 @@ class Originals:
 
     def __init__(self, pool: Pool, c: TextConfig, bank: Bank) -> None:
         self._pool, self._c, self._bank = pool, c, bank
-        self._layer, self._rows = -1, {}
+        self._layer = -1
+        self._rows: dict[str, list[Rows | None]] = {}
 
     def rows(self, il: int, expert: int, projection: str, channels: slice) -> np.ndarray:
-        """Shapes: -> (n, K) float32; channels of up_gate_proj count through gate and then up."""
+        """Shapes: -> (n, K) float32; channels of up_gate_proj count through gate and then up.
+
+        Raises: ConvertError for a matrix that the original does not have.
+        """
         if il != self._layer:
             self._layer, self._rows = il, bank_rows(self._pool, self._c, il, self._bank)
         n_ff, which, start, stop = self._bank.n_ff, "down", channels.start, channels.stop
         if projection == UP_GATE:
             which = "gate" if start < n_ff else "up"
             start, stop = start % n_ff, (stop - 1) % n_ff + 1
-        rows: Rows = self._rows[which][expert]
+        rows = self._rows[which][expert]
+        if rows is None:
+            raise ConvertError(f"the original has no {which} matrix of expert {expert} in layer {il}")
         return np.concatenate(list(rows.part(start, stop).blocks(None)))
 
 
@@ -131,8 +137,8 @@ def check(
                 sizes.append(size)
                 if (il, e) in sampled:
                     first_name.setdefault(p, pieces[0].name)
-                    for name, found in _all_readings(experts, originals, il, e, p).items():
-                        channels[p].setdefault(name, []).append(found)
+                    for name, values in _all_readings(experts, originals, il, e, p).items():
+                        channels[p].setdefault(name, []).append(values)
             advance(1)
     seen = {p: {name: np.concatenate(parts) for name, parts in found.items()} for p, found in channels.items()}
     for p, found in seen.items():
@@ -240,7 +246,8 @@ def _correlations(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     ours, theirs = (x - x.mean(1, keepdims=True, dtype=np.float64) for x in (ours, theirs))
     both, a, b = (ours * theirs).sum(1), (ours * ours).sum(1), (theirs * theirs).sum(1)
     flat = (a == 0) | (b == 0)
-    return np.where(flat, ((a == 0) & (b == 0)).astype(float), both / np.sqrt(np.where(flat, 1.0, a * b)))
+    alike = ((a == 0) & (b == 0)).astype(float)
+    return np.asarray(np.where(flat, alike, both / np.sqrt(np.where(flat, 1.0, a * b))))
 
 
 def _light(

@@ -1,1 +1,1 @@
-"""Quantization types of our own: the table of them, and the numpy definition of CCQ."""
+"""Quantization: types, codecs, importance of the columns, and the writer that goes on where it was cut off."""

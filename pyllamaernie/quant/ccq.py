@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyllamaernie.quant.types import QUANT_TYPES
+from pyllamaernie.gguf.types import QUANT_TYPES
 
 N_STEPS = 64  # code bytes of a block; weight 64*p + b belongs to byte b and plane p
 N_STATES = 256
@@ -38,7 +38,7 @@ class Code:
     def levels(self) -> np.ndarray:
         """Level of every index: (2 tables, 256) int64."""
         h = np.arange(256)
-        return np.array(self.t1)[:, h >> 4] + np.array(self.t2)[:, h & 15]
+        return np.asarray(np.array(self.t1)[:, h >> 4] + np.array(self.t2)[:, h & 15])
 
     @property
     def block_bytes(self) -> int:
@@ -101,9 +101,6 @@ CODES = {
 }
 
 
-# the format
-
-
 def scales(d: np.ndarray) -> np.ndarray:
     """Scale by a block's first byte: bits 1..7 are u; 0 is zero, else 2^((u >> 3) - 20) * (1 + (u & 7)/8)."""
     u = np.asarray(d).astype(np.uint32) >> 1
@@ -143,7 +140,8 @@ def indices(qs: np.ndarray, e: np.ndarray, k: np.ndarray, m: np.ndarray) -> np.n
     Shapes: (n, 64), (n, 64), (4,), (4,) -> (n, 4, 64).
     """
     window = qs | np.roll(qs, -1, axis=1) << 8
-    return (window[:, None] * np.reshape(k, (4, 1)) + e[:, None] * np.reshape(m, (4, 1)) & 0xFFFF) >> 8
+    word = window[:, None] * np.reshape(k, (4, 1)) + e[:, None] * np.reshape(m, (4, 1)) & 0xFFFF
+    return np.asarray(word >> 8)
 
 
 def decode(name: str, blocks: np.ndarray) -> np.ndarray:
@@ -154,7 +152,7 @@ def decode(name: str, blocks: np.ndarray) -> np.ndarray:
     code = _code(name, blocks)
     scale, table, level, qs, e = split(blocks, code.e_bits)
     y = code.levels[table[:, None, None], indices(qs, e, np.array(code.k), np.array(code.m))]
-    return (y.astype(np.float32) * (scale[:, None] * LEVELS[level])[:, :, None]).reshape(-1, 256)
+    return np.reshape(y.astype(np.float32) * (scale[:, None] * LEVELS[level])[:, :, None], (-1, 256))
 
 
 def _code(name: str, blocks: np.ndarray) -> Code:
@@ -166,9 +164,6 @@ def _code(name: str, blocks: np.ndarray) -> Code:
             f"{name}: blocks are (n, {code.block_bytes}) of uint8, not {tuple(blocks.shape)} of {blocks.dtype}"
         )
     return code
-
-
-# the format of Baidu's released 2-bit experts
 
 
 def decode_ccq2_b(blocks: np.ndarray) -> np.ndarray:
@@ -198,7 +193,7 @@ def encode_ccq2_b(
     n_cols, n_rows = 4 * q.shape[0], q.shape[1]
     if n_cols == 0 or n_cols % 512:
         raise ValueError(f"CCQ2_B: a row has {n_cols} weights; it must be a multiple of 512")
-    expected = {"q": (n_cols // 4, n_rows), "local": (n_cols // 128, n_rows)}
+    expected: dict[str, tuple[int, ...]] = {"q": (n_cols // 4, n_rows), "local": (n_cols // 128, n_rows)}
     expected |= dict.fromkeys(("code_scale", "code_zp", "super_bf16"), (n_rows,))
     given = {"q": q, "local": local, "code_scale": code_scale, "code_zp": code_zp, "super_bf16": super_bf16}
     for name, shape in expected.items():
@@ -233,7 +228,7 @@ def baidu_weights(
         group = np.arange(n_cols) // 64
         nibble = (local[group // 2] >> np.where(group % 2, 0, 4)[:, None]) & 15
         scale = nibble.astype(np.float32) * super_scale.astype(np.float32)
-        return level.reshape(n_cols, -1).astype(np.float32) * scale
+        return np.asarray(level.reshape(n_cols, -1).astype(np.float32) * scale)
 
 
 def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -252,10 +247,7 @@ def _fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     rest = (product - (total - part)) + (addend - part)
     even = total.view(np.int64) & 1 == 0
     nudged = np.nextafter(total, np.where(rest > 0, np.inf, -np.inf))
-    return np.where((rest != 0) & np.isfinite(rest) & even, nudged, total).astype(np.float32)
-
-
-# encoding of the native types
+    return np.asarray(np.where((rest != 0) & np.isfinite(rest) & even, nudged, total).astype(np.float32))
 
 
 def encode(name: str, x: np.ndarray, weights: np.ndarray | None = None, beam: int | None = None) -> np.ndarray:
@@ -286,12 +278,16 @@ def encode(name: str, x: np.ndarray, weights: np.ndarray | None = None, beam: in
     return join(d, level, qs, e, trellis.code.e_bits)
 
 
-def nearest_scale(scale: float) -> int:
+def nearest_scale(scale: float | np.float32) -> int:
     """Number u (1..127) of the scale nearest to a positive number, by the length of the step."""
     if not scale > 0:
         return 1
     bits = int(np.float32(scale).view(np.uint32))
     return min(127, max(1, (bits + (1 << 19) - (107 << 23)) >> 20))
+
+
+# first byte, levels of the planes, code bytes and refinement bits of one block
+_Path = tuple[int, np.ndarray, np.ndarray, np.ndarray]
 
 
 class _Trellis:
@@ -307,24 +303,25 @@ class _Trellis:
 
 
 def _clean(block: np.ndarray) -> np.ndarray:
-    return np.clip(block, np.float32(-1e15), np.float32(1e15))
+    return np.asarray(np.clip(block, np.float32(-1e15), np.float32(1e15)))
 
 
 def _importances(w: np.ndarray) -> np.ndarray:
     """Importances of a block, at most 1; what is not positive counts for nothing, and all of them for the same."""
     w = np.where(w > 0, np.minimum(w, np.finfo(np.float32).max), np.float32(0)).astype(np.float32)
-    return w / w.max() if w.max() > 0 else np.ones_like(w)
+    return np.asarray(w / w.max()) if w.max() > 0 else np.ones_like(w)
 
 
 def _ordered_sum(values: np.ndarray) -> np.ndarray:
     """Sum over the last axis from the first to the last in float64, as C adds."""
-    return np.add.accumulate(values.astype(np.float64), axis=-1)[..., -1]
+    return np.asarray(np.add.accumulate(values.astype(np.float64), axis=-1)[..., -1])
 
 
-def _encode_block(trellis: _Trellis, x: np.ndarray, w: np.ndarray, beam: int):
-    """Path (first byte, levels of the planes, code bytes, refinement bits) of one block."""
+def _encode_block(trellis: _Trellis, x: np.ndarray, w: np.ndarray, beam: int) -> _Path:
+    """The best path that is found for a block; of a block of zeros for one that no path fits better."""
     nothing = np.zeros(N_STEPS, np.int64)
-    best, best_error = (0, np.zeros(4, np.int64), nothing, nothing), 0.0  # errors are less that of a block of zeros
+    best: _Path = (0, np.zeros(4, np.int64), nothing, nothing)
+    best_error = 0.0  # errors are less that of a block of zeros
     energy = float(_ordered_sum((w.astype(np.float64) * x) * x))
 
     def attempt(d: int, level: np.ndarray, kept: int) -> float:
@@ -378,7 +375,9 @@ def _first_scale(trellis: _Trellis, table: int, x: np.ndarray, w: np.ndarray) ->
     return d, np.abs((rms / unit)[:, None] - LEVELS).argmin(1)
 
 
-def _refit(trellis: _Trellis, d: int, level: np.ndarray, qs: np.ndarray, e: np.ndarray, x: np.ndarray, w: np.ndarray):
+def _refit(
+    trellis: _Trellis, d: int, level: np.ndarray, qs: np.ndarray, e: np.ndarray, x: np.ndarray, w: np.ndarray
+) -> tuple[_Path, float]:
     """A path with the scale and levels that suit its codes best, and its error less that of a block of zeros."""
     code, table = trellis.code, d & 1
     h = indices(qs[None], e[None], np.array(code.k), np.array(code.m))[0]
@@ -398,7 +397,9 @@ def _refit(trellis: _Trellis, d: int, level: np.ndarray, qs: np.ndarray, e: np.n
     return best, best_error
 
 
-def _search(trellis: _Trellis, d: int, level: np.ndarray, x: np.ndarray, w: np.ndarray, beam: int):
+def _search(
+    trellis: _Trellis, d: int, level: np.ndarray, x: np.ndarray, w: np.ndarray, beam: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Code bytes and refinement bits of a path around the block: it ends in the byte with which it starts.
 
     That byte comes from a search of the 24 steps around the seam, the path from one of all 64 between it and itself.

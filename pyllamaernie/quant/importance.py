@@ -1,6 +1,6 @@
 """An importance matrix as the quantizers take it: for each weight matrix the mean squared input of every column.
 
-Reads the files of `pyllamaernie imatrix` and of llama-imatrix, GGUF and the older binary form. Normalized as
+Reads the files of `imatrix` and of llama-imatrix, GGUF and the older binary form. Normalized as
 llama-quantize does, in float32: sums over counts, ones where nothing was counted.
 Source: llama.cpp tools/quantize/quantize.cpp `load_imatrix` and common/imatrix-loader.cpp at the pin.
 """
@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pyllamaernie._upstream import Key, TensorType, read_gguf
 from pyllamaernie.errors import CorruptModelError, InputError, ModelNotFoundError
+from pyllamaernie.gguf.file import Key, TensorType, read_gguf
 
 _N_NAME_MAX = 4096
 _N_ENTRIES_MAX = 10**6
@@ -77,7 +77,7 @@ def read_importance(path: str | os.PathLike[str]) -> Importance:
 
 
 def _read_gguf(path: Path) -> Importance:
-    from pyllamaernie.model import read_header
+    from pyllamaernie.gguf.header import read_header
 
     read_header(path)  # also finds a file that is cut short
     try:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pyllamaernie._upstream import QUANTIZATION_VERSION, Key, file_type, gguf_header
 from pyllamaernie.errors import InputError
+from pyllamaernie.gguf.file import QUANTIZATION_VERSION, Key, file_type, gguf_header
+from pyllamaernie.machine import installed
 from pyllamaernie.quant import native
 from pyllamaernie.quant.importance import Importance
 from pyllamaernie.quant.source import ModelSource, Weights, tensor_type
@@ -133,7 +134,7 @@ def _columns(weights: Weights, name: str, importance: Importance | None, warning
     if name == weights.type or not native.TYPES[name].is_quantized:
         return None
     found = None if importance is None else importance.columns.get(weights.name)
-    if found is not None and found.size != weights.n_cols * weights.n_matrices:
+    if importance is not None and found is not None and found.size != weights.n_cols * weights.n_matrices:
         text = (
             f"{importance.path}: {weights.name} has importance of {found.size} columns, the model has "
             f"{weights.n_matrices} x {weights.n_cols}; it was made with another model"
@@ -226,5 +227,5 @@ def _package_version() -> str:
 
 def _encoder_version() -> str:
     """Changes with the compiled quantizers: pieces of two versions must not meet in one file."""
-    path = Path(__file__).parents[1] / "data" / "build.json"
+    path = installed("data") / "build.json"
     return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -34,7 +34,7 @@ def journal_path(output: Path) -> Path:
 
 
 def request_path(output: Path) -> Path:
-    """What was asked for, where more than the writer's job has to be the same to go on (`quantize_size.py`)."""
+    """What was asked for, where more than the writer's job has to be the same to go on (`plan/sized.py`)."""
     return output.with_name(output.name + ".part.request")
 
 

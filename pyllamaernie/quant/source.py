@@ -1,6 +1,6 @@
 """What a quantizer reads: the metadata of a model, and its tensors piece by piece, in the type they are stored in.
 
-Here GGUF files, whole or split; `quantize_hf.py` makes the same of a Hugging Face folder.
+Here GGUF files, whole or split; `convert/source.py` makes the same of a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from pyllamaernie._upstream import Key, TensorType, read_gguf
 from pyllamaernie.errors import CorruptModelError, UnsupportedInputError
-from pyllamaernie.model import Header, read_header
+from pyllamaernie.gguf.file import Key, TensorType, read_gguf
+from pyllamaernie.gguf.header import Header, read_header
 from pyllamaernie.quant.native import TYPES
 
 PIECE_VALUES = 2 * 2**20  # at most in one piece: 8 MiB as float32
@@ -148,7 +149,7 @@ def _weights(header: Header, row: tuple[str, tuple[int, int, int, int], str, int
         data = np.empty((n, row_bytes), np.uint8)
         with open(path, "rb", buffering=0) as file:
             file.seek(offset + first_row * row_bytes)
-            view, done = memoryview(data).cast("B"), 0
+            view, done = data.data.cast("B"), 0
             while done < data.nbytes:
                 n_read = file.readinto(view[done:])
                 if not n_read:
@@ -158,7 +159,7 @@ def _weights(header: Header, row: tuple[str, tuple[int, int, int, int], str, int
 
     def pieces(n_values: int = PIECE_VALUES) -> Iterator[Piece]:
         for first, n in cut(0, n_rows, n_cols, shape[-2] if n_dims > 1 else 1, n_values):
-            yield Piece(first, n, lambda first=first, n=n: load(first, n))
+            yield Piece(first, n, partial(load, first, n))
 
     return Weights(name, shape, type_name.upper(), n_bytes, pieces)
 

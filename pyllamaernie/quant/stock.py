@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamaernie import programs
-from pyllamaernie._upstream import Key, gguf_header
 from pyllamaernie.errors import InputError, QuantizeError
+from pyllamaernie.gguf.file import Key, gguf_header
 from pyllamaernie.quant import native
 from pyllamaernie.quant.source import ModelSource, gguf_parts, tensor_type
 

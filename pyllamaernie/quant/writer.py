@@ -18,11 +18,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
-from pyllamaernie._upstream import Key
 from pyllamaernie.errors import CancelledError, CorruptModelError, DiskSpaceError, InputError, QuantizeError
+from pyllamaernie.gguf.file import Key
 from pyllamaernie.quant import native
 from pyllamaernie.quant.importance import Importance
 from pyllamaernie.quant.job import Job, OutTensor, plan_job
@@ -30,6 +31,8 @@ from pyllamaernie.quant.journal import Done, Journal, discard, part_path
 from pyllamaernie.quant.source import PIECE_VALUES, ModelSource, Piece
 
 log = logging.getLogger("pyllamaernie.quant")
+
+Item = TypeVar("Item")
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -93,9 +96,6 @@ def write_quantized(
     return run_job(job, n_threads=n_threads, overwrite=overwrite, resume=resume, on_progress=on_progress)
 
 
-# ---- the work
-
-
 def run_job(
     job: Job,
     *,
@@ -105,7 +105,7 @@ def run_job(
     on_progress: Callable[[Progress], bool | None] | None = None,
 ) -> WriteResult:
     """Write the file of a job; see `write_quantized`."""
-    from pyllamaernie.options import n_cpu
+    from pyllamaernie.machine import n_cpu
 
     started = time.monotonic()
     check_output(job.output, job.inputs, overwrite)
@@ -270,10 +270,10 @@ class _Run:
     def _write_piece(self, item: tuple[OutTensor, Piece]) -> None:
         tensor, piece = item
         data = _encoded(tensor, piece)
-        crc = zlib.crc32(data)
+        view = data.data.cast("B")
+        crc = zlib.crc32(view)
         with open(part_path(self._job.output), "r+b", buffering=0) as file:
             file.seek(tensor.offset + piece.first_row * tensor.row_bytes)
-            view = memoryview(data).cast("B")
             while view:
                 view = view[file.write(view) :]
         self._journal.add(tensor.number, piece.first_row, piece.n_rows, crc)
@@ -283,7 +283,7 @@ class _Run:
             self.n_written += data.nbytes
             self._tensor = tensor.weights.name
 
-    def _in_threads(self, stage: str, items: Iterator, work: Callable) -> None:
+    def _in_threads(self, stage: str, items: Iterator[Item], work: Callable[[Item], None]) -> None:
         """`work` on every item; an error or an interruption lets the pieces that are begun come to their end."""
         taking, n_left, ended = threading.Lock(), [self._n_threads], threading.Event()
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 import checkpoints
 import reference
 from logits_cases import CASES, CHECKPOINTS

@@ -7,7 +7,9 @@
 #include "ggml.h"
 #include "ggml-ccq.h"
 
+// clang-format off
 #define PYLLAMAERNIE_TYPE(NAME, lower, id, block_size, text) && (id) >= (int) GGML_TYPE_COUNT_UPSTREAM && (id) < (int) GGML_TYPE_COUNT
 static_assert(1
 #include "pyllamaernie-types.inc"
     , "upstream's types have reached the numbers of ours");
+// clang-format on

@@ -3,13 +3,15 @@
 // embedding, output norm and output matrix, of which the file holds a copy.
 
 #include "models.h"
+#include "pyllamaernie-ernie.h"
 
 void llama_model_ernie4_5_mtp::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key(LLM_KV_ATTENTION_LAYERNORM_RMS_EPS, hparams.f_norm_rms_eps);
 
     if (hparams.n_layer_nextn == 0 || hparams.n_layer() != 0) {
-        throw std::runtime_error(format("nextn_predict_layers is %u and block_count %u: expected the same number, at least 1",
-            hparams.n_layer_nextn, hparams.n_layer_all));
+        throw std::runtime_error(
+            format("nextn_predict_layers is %u and block_count %u: expected the same number, at least 1",
+                hparams.n_layer_nextn, hparams.n_layer_all));
     }
 
     type = LLM_TYPE_UNKNOWN;
@@ -18,38 +20,44 @@ void llama_model_ernie4_5_mtp::load_arch_hparams(llama_model_loader & ml) {
 void llama_model_ernie4_5_mtp::load_arch_tensors(llama_model_loader &) {
     LLAMA_LOAD_LOCALS;
 
-    tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
-
-    // output
-    output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), {n_embd}, 0);
-    output      = create_tensor(tn(LLM_TENSOR_OUTPUT,      "weight"), {n_embd, n_vocab}, TENSOR_NOT_REQUIRED);
-    // tied embeddings
-    if (output == NULL) {
-        output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, TENSOR_DUPLICATED);
-    }
+    ernie4_5_load_stem(*this);
 
     for (int i = 0; i < n_layer_all; ++i) {
         auto & layer = layers[i];
 
-        layer.attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", i), {n_embd}, 0);
+        ernie4_5_load_attn(*this, i);
 
-        create_tensor_qkv(layer, i, n_embd, n_embd_head_k * n_head, n_embd_gqa, n_embd_gqa, 0);
-        layer.wo   = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", i), {n_embd_head_k * n_head, n_embd}, 0);
-        layer.wo_b = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "bias",   i), {n_embd}, TENSOR_NOT_REQUIRED);
+        layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", i), { n_embd }, 0);
+        ernie4_5_load_dense_ffn(*this, i);
 
-        layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", i), {n_embd}, 0);
-        layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", i), {n_embd,   n_ff}, 0);
-        layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", i), {  n_ff, n_embd}, 0);
-        layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", i), {n_embd,   n_ff}, 0);
-
-        layer.nextn.eh_proj = create_tensor(tn(LLM_TENSOR_NEXTN_EH_PROJ, "weight", i), {2 * n_embd, n_embd}, 0);
-        layer.nextn.enorm   = create_tensor(tn(LLM_TENSOR_NEXTN_ENORM,   "weight", i), {n_embd}, 0);
-        layer.nextn.hnorm   = create_tensor(tn(LLM_TENSOR_NEXTN_HNORM,   "weight", i), {n_embd}, 0);
+        layer.nextn.eh_proj = create_tensor(tn(LLM_TENSOR_NEXTN_EH_PROJ, "weight", i), { 2 * n_embd, n_embd }, 0);
+        layer.nextn.enorm   = create_tensor(tn(LLM_TENSOR_NEXTN_ENORM, "weight", i), { n_embd }, 0);
+        layer.nextn.hnorm   = create_tensor(tn(LLM_TENSOR_NEXTN_HNORM, "weight", i), { n_embd }, 0);
     }
 }
 
 std::unique_ptr<llm_graph_context> llama_model_ernie4_5_mtp::build_arch_graph(const llm_graph_params & params) const {
     return std::make_unique<graph>(*this, params);
+}
+
+// Embeddings of the token at each position, and the hidden state one position before it. Shapes: [n_embd, n_tokens] each
+static std::pair<ggml_tensor *, ggml_tensor *> ernie4_5_mtp_build_inp(
+    const llm_graph_context & graph, const llama_model & model, int il) {
+    auto inp = std::make_unique<llm_graph_input_embd>(graph.hparams.n_embd);
+
+    inp->tokens = ggml_new_tensor_1d(graph.ctx0, GGML_TYPE_I32, graph.n_tokens);
+    ggml_set_input(inp->tokens);
+    inp->embd = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_F32, graph.hparams.n_embd, graph.n_tokens);
+    ggml_set_input(inp->embd);
+
+    ggml_tensor * tok_embd = ggml_get_rows(graph.ctx0, model.tok_embd, inp->tokens);
+    ggml_tensor * h_embd   = inp->embd;
+    graph.cb(tok_embd, "mtp_tok_embd", il);
+    graph.cb(h_embd, "mtp_h_input", il);
+
+    graph.res->add_input(std::move(inp));
+
+    return { tok_embd, h_embd };
 }
 
 llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_graph_params & params) :
@@ -60,23 +68,10 @@ llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_grap
     GGML_ASSERT(n_embd_head == n_rot);
     GGML_ASSERT(cparams.nextn_layer_offset >= 0 && cparams.nextn_layer_offset < (int) hparams.n_layer_nextn);
 
-    const int il = cparams.nextn_layer_offset;
+    const int    il    = cparams.nextn_layer_offset;
     const auto & layer = model.layers[il];
 
-    // the token at this position, and the hidden state one position before it
-    auto inp = std::make_unique<llm_graph_input_embd>(hparams.n_embd);
-
-    inp->tokens = ggml_new_tensor_1d(ctx0, GGML_TYPE_I32, n_tokens);
-    ggml_set_input(inp->tokens);
-    inp->embd = ggml_new_tensor_2d(ctx0, GGML_TYPE_F32, hparams.n_embd, n_tokens);
-    ggml_set_input(inp->embd);
-
-    ggml_tensor * tok_embd = ggml_get_rows(ctx0, model.tok_embd, inp->tokens);
-    ggml_tensor * h_embd   = inp->embd;
-    cb(tok_embd, "mtp_tok_embd", il);
-    cb(h_embd,   "mtp_h_input",  il);
-
-    res->add_input(std::move(inp));
+    const auto [tok_embd, h_embd] = ernie4_5_mtp_build_inp(*this, model, il);
 
     ggml_tensor * inp_pos = build_inp_pos();
 
@@ -89,7 +84,7 @@ llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_grap
 
     // hidden states come as they leave a last layer; training saw them behind the output norm
     ggml_tensor * h_norm = build_norm(h_embd, model.output_norm, NULL, LLM_NORM_RMS, il);
-    h_norm = build_norm(h_norm, layer.nextn.hnorm, NULL, LLM_NORM_RMS, il);
+    h_norm               = build_norm(h_norm, layer.nextn.hnorm, NULL, LLM_NORM_RMS, il);
     cb(h_norm, "mtp_hnorm", il);
 
     ggml_tensor * cur = build_lora_mm(layer.nextn.eh_proj, ggml_concat(ctx0, e_norm, h_norm, 0));
@@ -97,31 +92,15 @@ llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_grap
 
     ggml_tensor * inpSA = cur;
 
-    cur = build_norm(cur, layer.attn_norm, NULL, LLM_NORM_RMS, il);
-    cb(cur, "attn_norm", il);
+    auto rope = [&](ggml_tensor * x) {
+        return ggml_rope_ext(ctx0, x, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale, ext_factor,
+            attn_factor, beta_fast, beta_slow);
+    };
 
-    // self-attention
-    {
-        auto [Qcur, Kcur, Vcur] = build_qkv(layer, cur, n_embd_head, n_head, n_head_kv, il);
-
-        Qcur = ggml_rope_ext(ctx0, Qcur, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
-                ext_factor, attn_factor, beta_fast, beta_slow);
-
-        Kcur = ggml_rope_ext(ctx0, Kcur, inp_pos, nullptr, n_rot, rope_type, n_ctx_orig, freq_base, freq_scale,
-                ext_factor, attn_factor, beta_fast, beta_slow);
-
-        cb(Qcur, "Qcur", il);
-        cb(Kcur, "Kcur", il);
-        cb(Vcur, "Vcur", il);
-
-        cur = build_attn(inp_attn,
-                layer.wo, layer.wo_b, layer.wo_s,
-                Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, 1.0f/sqrtf(float(n_embd_head)), il);
-        cb(cur, "attn_out", il);
-    }
+    cur = ernie4_5_build_attn(*this, layer, cur, inp_attn, rope, il);
 
     if (inp_out_ids) {
-        cur   = ggml_get_rows(ctx0, cur,   inp_out_ids);
+        cur   = ggml_get_rows(ctx0, cur, inp_out_ids);
         inpSA = ggml_get_rows(ctx0, inpSA, inp_out_ids);
     }
 
@@ -131,13 +110,7 @@ llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_grap
     cur = build_norm(ffn_inp, layer.ffn_norm, NULL, LLM_NORM_RMS, il);
     cb(cur, "ffn_norm", il);
 
-    cur = build_ffn(cur,
-            layer.ffn_up,   NULL, NULL,
-            layer.ffn_gate, NULL, NULL,
-            layer.ffn_down, NULL, NULL,
-            NULL, LLM_FFN_SILU, LLM_FFN_PAR, il);
-    cb(cur, "ffn_out", il);
-
+    cur = ernie4_5_build_dense_ffn(*this, layer, cur, il);
     cur = ggml_add(ctx0, cur, ffn_inp);
     cur = build_cvec(cur, il);
     cb(cur, "l_out", il);
@@ -145,16 +118,5 @@ llama_model_ernie4_5_mtp::graph::graph(const llama_model & model, const llm_grap
     // a further draft step reads this as its hidden state
     res->t_h_nextn = cur;
 
-    cur = build_norm(cur, model.output_norm, NULL, LLM_NORM_RMS, -1);
-
-    cb(cur, "result_norm", -1);
-    res->t_embd = cur;
-
-    // lm_head
-    cur = build_lora_mm(model.output, cur, model.output_s);
-
-    cb(cur, "result_output", -1);
-    res->t_logits = cur;
-
-    ggml_build_forward_expand(gf, cur);
+    ernie4_5_build_output(*this, model, cur);
 }

@@ -3,6 +3,7 @@
 // conversion and the frequencies put right by rope_freqs.
 
 #include "models.h"
+#include "pyllamaernie-ernie.h"
 #include "pyllamaernie-experts.h"
 
 static bool ernie4_5_vl_moe_is_sparse(const llama_hparams & hparams, int il) {
@@ -14,20 +15,21 @@ void llama_model_ernie4_5_vl_moe::load_arch_hparams(llama_model_loader & ml) {
     ml.get_key_or_arr(LLM_KV_ROPE_DIMENSION_SECTIONS, hparams.rope_sections, 4, true);
 
     ml.get_key_or_arr(LLM_KV_EXPERT_FEED_FORWARD_LENGTH, hparams.n_ff_exp_arr, hparams.n_layer_all);
-    ml.get_key(LLM_KV_EXPERT_FEED_FORWARD_LENGTH_VL,     hparams.n_ff_exp_vl);
+    ml.get_key(LLM_KV_EXPERT_FEED_FORWARD_LENGTH_VL, hparams.n_ff_exp_vl);
     ml.get_key(LLM_KV_EXPERT_SHARED_FEED_FORWARD_LENGTH, hparams.n_ff_shexp);
-    ml.get_key(LLM_KV_INTERLEAVE_MOE_LAYER_STEP,         hparams.n_moe_layer_step);
-    ml.get_key(LLM_KV_LEADING_DENSE_BLOCK_COUNT,         hparams.n_layer_dense_lead);
+    ml.get_key(LLM_KV_INTERLEAVE_MOE_LAYER_STEP, hparams.n_moe_layer_step);
+    ml.get_key(LLM_KV_LEADING_DENSE_BLOCK_COUNT, hparams.n_layer_dense_lead);
 
-    const auto & s = hparams.rope_sections; // t, h, w, unused
-    if (s[1] != s[2] || s[3] != 0 || s[0] + s[1] + s[2] != int(hparams.n_rot()/2)) {
-        throw std::runtime_error(format(
-            "rope.dimension_sections is [%d, %d, %d, %d]: expected [t, h, w, 0] with h = w and t + h + w = %u",
-            s[0], s[1], s[2], s[3], hparams.n_rot()/2));
+    const auto & s = hparams.rope_sections;  // t, h, w, unused
+    if (s[1] != s[2] || s[3] != 0 || s[0] + s[1] + s[2] != int(hparams.n_rot() / 2)) {
+        throw std::runtime_error(
+            format("rope.dimension_sections is [%d, %d, %d, %d]: expected [t, h, w, 0] with h = w and t + h + w = %u",
+                s[0], s[1], s[2], s[3], hparams.n_rot() / 2));
     }
     if (hparams.n_expert == 0 || hparams.n_moe_layer_step == 0) {
-        throw std::runtime_error(format("expert_count is %u and interleave_moe_layer_step is %u: both must be at least 1",
-            hparams.n_expert, hparams.n_moe_layer_step));
+        throw std::runtime_error(
+            format("expert_count is %u and interleave_moe_layer_step is %u: both must be at least 1", hparams.n_expert,
+                hparams.n_moe_layer_step));
     }
 
     type = LLM_TYPE_UNKNOWN;
@@ -36,15 +38,7 @@ void llama_model_ernie4_5_vl_moe::load_arch_hparams(llama_model_loader & ml) {
 void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader & ml) {
     LLAMA_LOAD_LOCALS;
 
-    tok_embd = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, 0);
-
-    // output
-    output_norm = create_tensor(tn(LLM_TENSOR_OUTPUT_NORM, "weight"), {n_embd}, 0);
-    output      = create_tensor(tn(LLM_TENSOR_OUTPUT,      "weight"), {n_embd, n_vocab}, TENSOR_NOT_REQUIRED);
-    // tied embeddings
-    if (output == NULL) {
-        output = create_tensor(tn(LLM_TENSOR_TOKEN_EMBD, "weight"), {n_embd, n_vocab}, TENSOR_DUPLICATED);
-    }
+    ernie4_5_load_stem(*this);
 
     const int64_t n_ff_exp    = hparams.n_ff_exp();
     const int64_t n_ff_exp_vl = hparams.n_ff_exp_vl;
@@ -54,23 +48,19 @@ void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader & ml) {
     for (int i = 0; i < n_layer; ++i) {
         auto & layer = layers[i];
 
-        layer.attn_norm = create_tensor(tn(LLM_TENSOR_ATTN_NORM, "weight", i), {n_embd}, 0);
+        ernie4_5_load_attn(*this, i);
 
-        create_tensor_qkv(layer, i, n_embd, n_embd_head_k * n_head, n_embd_gqa, n_embd_gqa, 0);
-        layer.wo   = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "weight", i), {n_embd_head_k * n_head, n_embd}, 0);
-        layer.wo_b = create_tensor(tn(LLM_TENSOR_ATTN_OUT, "bias",   i), {n_embd}, TENSOR_NOT_REQUIRED);
+        layer.rope_freqs =
+            create_tensor(tn(LLM_TENSOR_ROPE_FREQS, "weight", i), { n_rot / 2 }, i > 0 ? TENSOR_DUPLICATED : 0);
 
-        layer.rope_freqs = create_tensor(tn(LLM_TENSOR_ROPE_FREQS, "weight", i), {n_rot/2}, i > 0 ? TENSOR_DUPLICATED : 0);
-
-        layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", i), {n_embd}, 0);
+        layer.ffn_norm = create_tensor(tn(LLM_TENSOR_FFN_NORM, "weight", i), { n_embd }, 0);
 
         if (!ernie4_5_vl_moe_is_sparse(hparams, i)) {
-            layer.ffn_gate = create_tensor(tn(LLM_TENSOR_FFN_GATE, "weight", i), {n_embd,   n_ff}, 0);
-            layer.ffn_down = create_tensor(tn(LLM_TENSOR_FFN_DOWN, "weight", i), {  n_ff, n_embd}, 0);
-            layer.ffn_up   = create_tensor(tn(LLM_TENSOR_FFN_UP,   "weight", i), {n_embd,   n_ff}, 0);
+            ernie4_5_load_dense_ffn(*this, i);
             continue;
         }
 
+        // clang-format off
         layer.ffn_gate_inp    = create_tensor(tn(LLM_TENSOR_FFN_GATE_INP,     "weight", i), {n_embd, n_expert}, 0);
         layer.ffn_exp_probs_b = create_tensor(tn(LLM_TENSOR_FFN_EXP_PROBS_B,  "bias",   i), {n_expert}, TENSOR_NOT_REQUIRED);
         layer.ffn_gate_exps   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS,    "weight", i), {  n_embd, n_ff_exp, n_stored}, 0);
@@ -82,21 +72,25 @@ void llama_model_ernie4_5_vl_moe::load_arch_tensors(llama_model_loader & ml) {
         layer.ffn_gate_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_GATE_EXPS_VL,   "weight", i), {  n_embd, n_ff_exp_vl, n_stored}, 0);
         layer.ffn_down_exps_vl   = create_tensor(tn(LLM_TENSOR_FFN_DOWN_EXPS_VL,   "weight", i), {n_ff_exp_vl,   n_embd, n_stored}, 0);
         layer.ffn_up_exps_vl     = create_tensor(tn(LLM_TENSOR_FFN_UP_EXPS_VL,     "weight", i), {  n_embd, n_ff_exp_vl, n_stored}, 0);
+        // clang-format on
 
         if (n_ff_shexp > 0) {
+            // clang-format off
             layer.ffn_gate_shexp = create_tensor(tn(LLM_TENSOR_FFN_GATE_SHEXP, "weight", i), {    n_embd, n_ff_shexp}, 0);
             layer.ffn_down_shexp = create_tensor(tn(LLM_TENSOR_FFN_DOWN_SHEXP, "weight", i), {n_ff_shexp,     n_embd}, 0);
             layer.ffn_up_shexp   = create_tensor(tn(LLM_TENSOR_FFN_UP_SHEXP,   "weight", i), {    n_embd, n_ff_shexp}, 0);
+            // clang-format on
         }
     }
 }
 
-std::unique_ptr<llm_graph_context> llama_model_ernie4_5_vl_moe::build_arch_graph(const llm_graph_params & params) const {
+std::unique_ptr<llm_graph_context> llama_model_ernie4_5_vl_moe::build_arch_graph(
+    const llm_graph_params & params) const {
     return std::make_unique<graph>(*this, params);
 }
 
 llama_model_ernie4_5_vl_moe::graph::expert_banks llama_model_ernie4_5_vl_moe::graph::build_expert_banks(
-        const llama_layer & layer, ggml_tensor * cur, int il) const {
+    const llama_layer & layer, ggml_tensor * cur, int il) const {
     // everything that the banks share is in the graph, and marked, before the first bank is
     ggml_build_forward_expand(gf, cur);
     const int n_nodes_shared = ggml_graph_n_nodes(gf);
@@ -104,15 +98,13 @@ llama_model_ernie4_5_vl_moe::graph::expert_banks llama_model_ernie4_5_vl_moe::gr
     const ernie4_5_moe_ffn build_moe_ffn = { *this };
 
     expert_banks banks;
-    banks.text = build_moe_ffn(cur,
-            layer.ffn_gate_inp, layer.ffn_up_exps, layer.ffn_gate_exps, layer.ffn_down_exps, layer.ffn_exp_probs_b,
-            n_expert, n_expert_used, LLM_FFN_SILU, true, hparams.expert_weights_scale,
-            LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il);
-    banks.vision = build_moe_ffn(cur,
-            layer.ffn_gate_inp_vl, layer.ffn_up_exps_vl, layer.ffn_gate_exps_vl, layer.ffn_down_exps_vl, layer.ffn_exp_probs_b_vl,
-            n_expert, n_expert_used, LLM_FFN_SILU, true, hparams.expert_weights_scale,
-            LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il);
-    cb(banks.text,   "ffn_moe_out_text",   il);
+    banks.text   = build_moe_ffn(cur, layer.ffn_gate_inp, layer.ffn_up_exps, layer.ffn_gate_exps, layer.ffn_down_exps,
+        layer.ffn_exp_probs_b, n_expert, n_expert_used, LLM_FFN_SILU, true, hparams.expert_weights_scale,
+        LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il);
+    banks.vision = build_moe_ffn(cur, layer.ffn_gate_inp_vl, layer.ffn_up_exps_vl, layer.ffn_gate_exps_vl,
+        layer.ffn_down_exps_vl, layer.ffn_exp_probs_b_vl, n_expert, n_expert_used, LLM_FFN_SILU, true,
+        hparams.expert_weights_scale, LLAMA_EXPERT_GATING_FUNC_TYPE_SOFTMAX, il);
+    cb(banks.text, "ffn_moe_out_text", il);
     cb(banks.vision, "ffn_moe_out_vision", il);
 
     // build_moe_ffn expands some of its nodes, which marks them for computation: without this both banks would run
@@ -121,9 +113,35 @@ llama_model_ernie4_5_vl_moe::graph::expert_banks llama_model_ernie4_5_vl_moe::gr
     }
 
     ggml_tensor * outs[] = { banks.text, banks.vision };
-    banks.selected = ggml_build_forward_select(gf, outs, 2, ubatch.token ? 0 : 1);
+    banks.selected       = ggml_build_forward_select(gf, outs, 2, ubatch.token ? 0 : 1);
 
     return banks;
+}
+
+ggml_tensor * llama_model_ernie4_5_vl_moe::graph::build_sparse_ffn(
+    const llama_layer & layer, ggml_tensor * ffn_norm, ggml_tensor * ffn_inp, int il) const {
+    const expert_banks banks = build_expert_banks(layer, ffn_norm, il);
+
+    ggml_tensor * cur = banks.selected;
+
+    if (hparams.n_ff_shexp > 0) {
+        ggml_tensor * ffn_shexp = build_ffn(ffn_norm, layer.ffn_up_shexp, NULL, NULL, layer.ffn_gate_shexp, NULL, NULL,
+            layer.ffn_down_shexp, NULL, NULL, NULL, LLM_FFN_SILU, LLM_FFN_PAR, il);
+        cb(ffn_shexp, "ffn_shexp", il);
+
+        cur = ggml_add(ctx0, cur, ffn_shexp);
+        cb(cur, "ffn_out", il);
+    }
+
+    cur = ggml_add(ctx0, cur, ffn_inp);
+
+    // The memory plan is made once, for text, and serves image ubatches too. So both outputs must live equally long: a
+    // reader that is never computed, placed behind the real one, ends the life of each.
+    ggml_build_forward_expand(gf, cur);
+    ggml_build_forward_order(gf, ggml_sum(ctx0, banks.text));
+    ggml_build_forward_order(gf, ggml_sum(ctx0, banks.vision));
+
+    return cur;
 }
 
 llama_model_ernie4_5_vl_moe::graph::graph(const llama_model & model, const llm_graph_params & params) :
@@ -151,34 +169,17 @@ llama_model_ernie4_5_vl_moe::graph::graph(const llama_model & model, const llm_g
 
         ggml_tensor * inpSA = inpL;
 
-        cur = build_norm(inpL, layer.attn_norm, NULL, LLM_NORM_RMS, il);
-        cb(cur, "attn_norm", il);
+        ggml_tensor * rope_factors = model.get_rope_factors(cparams, il);
 
-        // self-attention
-        {
-            auto [Qcur, Kcur, Vcur] = build_qkv(layer, cur, n_embd_head, n_head, n_head_kv, il);
+        auto rope = [&](ggml_tensor * x) {
+            return ggml_rope_multi(ctx0, x, inp_pos, rope_factors, n_rot, sections, rope_type, n_ctx_orig, freq_base,
+                freq_scale, ext_factor, attn_factor, beta_fast, beta_slow);
+        };
 
-            ggml_tensor * rope_factors = model.get_rope_factors(cparams, il);
-
-            Qcur = ggml_rope_multi(ctx0, Qcur, inp_pos, rope_factors, n_rot, sections, rope_type, n_ctx_orig,
-                    freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow);
-
-            Kcur = ggml_rope_multi(ctx0, Kcur, inp_pos, rope_factors, n_rot, sections, rope_type, n_ctx_orig,
-                    freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow);
-
-            cb(Qcur, "Qcur", il);
-            cb(Kcur, "Kcur", il);
-            cb(Vcur, "Vcur", il);
-
-            cur = build_attn(inp_attn,
-                    layer.wo, layer.wo_b, layer.wo_s,
-                    Qcur, Kcur, Vcur, nullptr, nullptr, nullptr, 1.0f/sqrtf(float(n_embd_head)), il);
-            cb(cur, "attn_out", il);
-        }
+        cur = ernie4_5_build_attn(*this, layer, inpL, inp_attn, rope, il);
 
         if (il == n_layer - 1 && inp_out_ids) {
-            // skip computing output for unused tokens
-            cur   = ggml_get_rows(ctx0, cur,   inp_out_ids);
+            cur   = ggml_get_rows(ctx0, cur, inp_out_ids);
             inpSA = ggml_get_rows(ctx0, inpSA, inp_out_ids);
         }
 
@@ -188,42 +189,11 @@ llama_model_ernie4_5_vl_moe::graph::graph(const llama_model & model, const llm_g
         cur = build_norm(ffn_inp, layer.ffn_norm, NULL, LLM_NORM_RMS, il);
         cb(cur, "ffn_norm", il);
 
-        expert_banks banks = { nullptr, nullptr, nullptr };
-
-        if (!ernie4_5_vl_moe_is_sparse(hparams, il)) {
-            cur = build_ffn(cur,
-                    layer.ffn_up,   NULL, NULL,
-                    layer.ffn_gate, NULL, NULL,
-                    layer.ffn_down, NULL, NULL,
-                    NULL, LLM_FFN_SILU, LLM_FFN_PAR, il);
-            cb(cur, "ffn_out", il);
+        if (ernie4_5_vl_moe_is_sparse(hparams, il)) {
+            cur = build_sparse_ffn(layer, cur, ffn_inp, il);
         } else {
-            ggml_tensor * ffn_norm = cur;
-
-            banks = build_expert_banks(layer, ffn_norm, il);
-            cur   = banks.selected;
-
-            if (hparams.n_ff_shexp > 0) {
-                ggml_tensor * ffn_shexp = build_ffn(ffn_norm,
-                        layer.ffn_up_shexp,   NULL, NULL,
-                        layer.ffn_gate_shexp, NULL, NULL,
-                        layer.ffn_down_shexp, NULL, NULL,
-                        NULL, LLM_FFN_SILU, LLM_FFN_PAR, il);
-                cb(ffn_shexp, "ffn_shexp", il);
-
-                cur = ggml_add(ctx0, cur, ffn_shexp);
-                cb(cur, "ffn_out", il);
-            }
-        }
-
-        cur = ggml_add(ctx0, cur, ffn_inp);
-
-        if (banks.selected) {
-            // The memory plan is made once, for text, and serves image ubatches too. So both outputs must live equally
-            // long: a reader that is never computed, placed behind the real one, ends the life of each.
-            ggml_build_forward_expand(gf, cur);
-            ggml_build_forward_order(gf, ggml_sum(ctx0, banks.text));
-            ggml_build_forward_order(gf, ggml_sum(ctx0, banks.vision));
+            cur = ernie4_5_build_dense_ffn(*this, layer, cur, il);
+            cur = ggml_add(ctx0, cur, ffn_inp);
         }
 
         cur = build_cvec(cur, il);
@@ -233,16 +203,5 @@ llama_model_ernie4_5_vl_moe::graph::graph(const llama_model & model, const llm_g
         inpL = cur;
     }
 
-    cur = build_norm(inpL, model.output_norm, NULL, LLM_NORM_RMS, -1);
-
-    cb(cur, "result_norm", -1);
-    res->t_embd = cur;
-
-    // lm_head
-    cur = build_lora_mm(model.output, cur, model.output_s);
-
-    cb(cur, "result_output", -1);
-    res->t_logits = cur;
-
-    ggml_build_forward_expand(gf, cur);
+    ernie4_5_build_output(*this, model, inpL);
 }

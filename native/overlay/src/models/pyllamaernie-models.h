@@ -19,6 +19,10 @@ struct llama_model_ernie4_5_vl_moe : public llama_model_base {
         };
 
         expert_banks build_expert_banks(const llama_layer & layer, ggml_tensor * cur, int il) const;
+
+        // both banks and the shared expert, added to ffn_inp
+        ggml_tensor * build_sparse_ffn(
+            const llama_layer & layer, ggml_tensor * ffn_norm, ggml_tensor * ffn_inp, int il) const;
     };
 
     std::unique_ptr<llm_graph_context> build_arch_graph(const llm_graph_params & params) const override;

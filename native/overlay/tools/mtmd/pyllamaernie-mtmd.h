@@ -7,6 +7,7 @@
 
 #include "mtmd-image.h"
 #include "mtmd-internal.h"
+#include "pyllamaernie-vision.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -14,8 +15,8 @@
 #include <vector>
 
 struct mtmd_image_preprocessor_ernie4_5_vl : mtmd_image_preprocessor {
-    mtmd_image_preprocessor_ernie4_5_vl(const clip_ctx * ctx) : mtmd_image_preprocessor(ctx) {}
-    mtmd_image_preproc_out preprocess(const clip_image_u8 & img) const override;
+    mtmd_image_preprocessor_ernie4_5_vl(const vision_ctx * ctx) : mtmd_image_preprocessor(ctx) {}
+    mtmd_image_preproc_out preprocess(const vision_image_u8 & img) const override;
 };
 
 // how far the positions advance within the patches: nx, ny, nz = merged columns, merged rows, frame pairs
@@ -23,8 +24,9 @@ static llama_pos ernie4_5_vl_patches_n_pos(uint32_t nx, uint32_t ny, uint32_t nz
     return std::max(nz, std::max(nx, ny));
 }
 
-static mtmd_decoder_pos ernie4_5_vl_decoder_pos(uint32_t nx, uint32_t ny, uint32_t n_tokens, llama_pos pos_0, size_t i) {
-    const uint32_t nz = (n_tokens - 2)/(nx*ny);
+static mtmd_decoder_pos ernie4_5_vl_decoder_pos(
+    uint32_t nx, uint32_t ny, uint32_t n_tokens, llama_pos pos_0, size_t i) {
+    const uint32_t nz = (n_tokens - 2) / (nx * ny);
 
     mtmd_decoder_pos pos;
     if (i == 0 || i == n_tokens - 1) {
@@ -33,9 +35,9 @@ static mtmd_decoder_pos ernie4_5_vl_decoder_pos(uint32_t nx, uint32_t ny, uint32
         pos.y = pos.t;
     } else {
         const uint32_t ip = uint32_t(i) - 1;
-        pos.t = pos_0 + 1 + ip/(nx*ny);
-        pos.y = pos_0 + 1 + ip/nx%ny;
-        pos.x = pos_0 + 1 + ip%nx;
+        pos.t             = pos_0 + 1 + ip / (nx * ny);
+        pos.y             = pos_0 + 1 + ip / nx % ny;
+        pos.x             = pos_0 + 1 + ip % nx;
     }
     pos.z = 0;
 
@@ -43,11 +45,12 @@ static mtmd_decoder_pos ernie4_5_vl_decoder_pos(uint32_t nx, uint32_t ny, uint32
 }
 
 static llama_pos ernie4_5_vl_n_pos(uint32_t nx, uint32_t ny, uint32_t n_tokens) {
-    return 2 + ernie4_5_vl_patches_n_pos(nx, ny, (n_tokens - 2)/(nx*ny));
+    return 2 + ernie4_5_vl_patches_n_pos(nx, ny, (n_tokens - 2) / (nx * ny));
 }
 
 // Writes the template's "Picture {i}:" or "Video {i}:" in front of each medium.
 void ernie4_5_vl_label_media(std::vector<mtmd_internal_part> & parts, bool parse_special);
 
 // The frames of a video, each as a picture of the chunk.
-void ernie4_5_vl_preprocess_video(const mtmd_image_preprocessor & preproc, const mtmd_bitmap & video, mtmd_image_preproc_out & output);
+void ernie4_5_vl_preprocess_video(
+    const mtmd_image_preprocessor & preproc, const mtmd_bitmap & video, mtmd_image_preproc_out & output);

@@ -1,5 +1,5 @@
 // Video files into frames. Which frames, their size and the time written into them are decided in one place, the Python
-// module pyllamaernie.video; programs run it as `$PYLLAMAERNIE_PYTHON -m pyllamaernie.video FILE`, which the launchers set.
+// module pyllamaernie.media; programs run it as `$PYLLAMAERNIE_PYTHON -m pyllamaernie.media FILE`, which the launchers set.
 
 #include "pyllamaernie-video.h"
 
@@ -19,7 +19,7 @@ namespace {
 
 // magic, version, n_frames, width, height (little endian), then the frames' RGB rows
 constexpr char   FRAMES_MAGIC[]  = "ERNIEVID";
-constexpr size_t FRAMES_N_HEADER = 8 + 4*sizeof(uint32_t);
+constexpr size_t FRAMES_N_HEADER = 8 + 4 * sizeof(uint32_t);
 
 uint32_t read_u32(const unsigned char * p) {
     return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24;
@@ -36,8 +36,9 @@ mtmd_bitmap * parse_frames(const unsigned char * buf, size_t len, bool placehold
     const uint32_t ny       = read_u32(buf + 20);
 
     // the sides are bounded first, so that their product cannot wrap around
-    const bool sound = version == 1 && n_frames > 0 && nx > 0 && ny > 0 && n_frames <= 1 << 16 && nx <= 1 << 16 && ny <= 1 << 16;
-    if (!sound || len - FRAMES_N_HEADER != size_t(nx)*ny*n_frames*3) {
+    const bool sound =
+        version == 1 && n_frames > 0 && nx > 0 && ny > 0 && n_frames <= 1 << 16 && nx <= 1 << 16 && ny <= 1 << 16;
+    if (!sound || len - FRAMES_N_HEADER != size_t(nx) * ny * n_frames * 3) {
         LOG_ERR("%s: %zu bytes cannot be %u frames of %ux%u (version %u)\n", __func__, len, n_frames, nx, ny, version);
         return nullptr;
     }
@@ -49,9 +50,9 @@ struct temporary_file {
 
     explicit temporary_file(const unsigned char * buf, size_t len) {
         std::random_device random;
-        const uint64_t number = uint64_t(random()) << 32 | random();
-        path = std::filesystem::temp_directory_path() / ("pyllamaernie-video-" + std::to_string(number));
-        FILE * file = fopen(path.string().c_str(), "wbx"); // never a file that somebody else put there
+        const uint64_t     number = uint64_t(random()) << 32 | random();
+        path        = std::filesystem::temp_directory_path() / ("pyllamaernie-video-" + std::to_string(number));
+        FILE * file = fopen(path.string().c_str(), "wbx");  // never a file that somebody else put there
         if (!file || fwrite(buf, 1, len, file) != len) {
             LOG_ERR("%s: the video could not be written to %s\n", __func__, path.string().c_str());
             path.clear();
@@ -71,17 +72,19 @@ std::vector<unsigned char> decode(const unsigned char * buf, size_t len, int32_t
     const char * python = getenv("PYLLAMAERNIE_PYTHON");
     if (python == nullptr || python[0] == '\0') {
         LOG_ERR("%s: videos are decoded by the Python package, and PYLLAMAERNIE_PYTHON does not name its Python; "
-                "start this program by `pyllamaernie tool` or `pyllamaernie serve`\n", __func__);
+                "start this program by `pyllamaernie tool` or `pyllamaernie serve`\n",
+            __func__);
         return {};
     }
     temporary_file file(buf, len);
     if (file.path.empty()) {
         return {};
     }
-    const std::string path = file.path.string();
-    const std::string low  = std::to_string(min_pixels);
-    const std::string high = std::to_string(max_pixels);
-    const char * command[] = { python, "-P", "-m", "pyllamaernie.video", path.c_str(), "--min-pixels", low.c_str(), "--max-pixels", high.c_str(), nullptr };
+    const std::string path      = file.path.string();
+    const std::string low       = std::to_string(min_pixels);
+    const std::string high      = std::to_string(max_pixels);
+    const char *      command[] = { python, "-P", "-m", "pyllamaernie.media", path.c_str(), "--min-pixels", low.c_str(),
+        "--max-pixels", high.c_str(), nullptr };
 
     struct subprocess_s proc;
     if (subprocess_create(command, subprocess_option_inherit_environment | subprocess_option_no_window, &proc) != 0) {
@@ -94,7 +97,7 @@ std::vector<unsigned char> decode(const unsigned char * buf, size_t len, int32_t
         res.insert(res.end(), piece.begin(), piece.begin() + n);
     }
     std::string reason;
-    char line[512];
+    char        line[512];
     while (fgets(line, sizeof(line), subprocess_stderr(&proc))) {
         reason += line;
     }
@@ -108,9 +111,10 @@ std::vector<unsigned char> decode(const unsigned char * buf, size_t len, int32_t
     return res;
 }
 
-} // namespace
+}  // namespace
 
-mtmd_bitmap * mtmd_helper_video_bitmap(const mtmd_context * ctx, const unsigned char * buf, size_t len, bool placeholder, const char * id) {
+mtmd_bitmap * mtmd_helper_video_bitmap(
+    const mtmd_context * ctx, const unsigned char * buf, size_t len, bool placeholder, const char * id) {
     int32_t min_pixels, max_pixels;
     mtmd_get_video_limits(ctx, &min_pixels, &max_pixels);
     if (max_pixels <= 0) {

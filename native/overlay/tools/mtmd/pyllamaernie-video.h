@@ -14,8 +14,10 @@ MTMD_API void mtmd_get_video_limits(const mtmd_context * ctx, int32_t * min_pixe
 
 // The normalized pixels of a picture or of one frame of a video, null when there are none.
 // Shapes: (ny, nx, 3)
-MTMD_API const float * mtmd_input_chunk_get_pixels(const mtmd_input_chunk * chunk, size_t i_frame, int32_t * nx, int32_t * ny);
+MTMD_API const float * mtmd_input_chunk_get_pixels(
+    const mtmd_input_chunk * chunk, size_t i_frame, int32_t * nx, int32_t * ny);
 
-// A video from frames in pyllamaernie.video's container or, through that module as a program, from any video file.
+// A video from frames in pyllamaernie.media's container or, through that module as a program, from any video file.
 // Returns null, with the reason in the log, for anything else.
-mtmd_bitmap * mtmd_helper_video_bitmap(const mtmd_context * ctx, const unsigned char * buf, size_t len, bool placeholder, const char * id);
+mtmd_bitmap * mtmd_helper_video_bitmap(
+    const mtmd_context * ctx, const unsigned char * buf, size_t len, bool placeholder, const char * id);

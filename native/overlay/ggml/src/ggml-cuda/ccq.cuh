@@ -17,13 +17,13 @@ to_fp16_cuda_t ggml_cuda_ccq_to_fp16(ggml_type type);
 to_bf16_cuda_t ggml_cuda_ccq_to_bf16(ggml_type type);
 
 // Arguments as get_rows_cuda has them; strides are in bytes.
-void ggml_cuda_ccq_get_rows(
-    const void * src0, ggml_type src0_type, const int32_t * rows, void * dst, ggml_type dst_type,
-    int64_t ne00, size_t nb01, size_t nb02, size_t nb03, int64_t ne10, int64_t ne11, int64_t ne12,
+void ggml_cuda_ccq_get_rows(const void * src0, ggml_type src0_type, const int32_t * rows, void * dst,
+    ggml_type dst_type, int64_t ne00, size_t nb01, size_t nb02, size_t nb03, int64_t ne10, int64_t ne11, int64_t ne12,
     size_t nb10, size_t nb11, size_t nb12, size_t nb1, size_t nb2, size_t nb3, cudaStream_t stream);
 
 // True if the product is on its way. False: the type is not CCQ, or upstream's path is the one to take, by cuBLAS.
-bool ggml_cuda_ccq_mul_mat   (ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
+bool ggml_cuda_ccq_mul_mat(
+    ggml_backend_cuda_context & ctx, const ggml_tensor * src0, const ggml_tensor * src1, ggml_tensor * dst);
 bool ggml_cuda_ccq_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // Whether ggml_cuda_ccq_mul_mat_id would return false for weights of a CCQ type.

@@ -1,0 +1,1 @@
+"""The HTTP server with its page, and the RPC worker."""

@@ -1,0 +1,1 @@
+from patch_checkout import root, upstream  # noqa: F401  - fixtures
