@@ -97,6 +97,18 @@ class CancelledError(PyllamaernieError):
     exit_code = EXIT_INTERRUPTED
 
 
+class OfflineError(PyllamaernieError):
+    """Something that is not on this machine, upstream's source or a model, could not be downloaded."""
+
+    exit_code = EXIT_OFFLINE
+
+
+class HubError(PyllamaernieError):
+    """A name on a hub means no model there, or what came is not what the hub promised."""
+
+    exit_code = EXIT_INPUT
+
+
 class ConvertError(PyllamaernieError):
     """A checkpoint could not be converted."""
 
@@ -125,6 +137,16 @@ class DiskSpaceError(ConvertError, OSError):
     """The output does not fit on its disk."""
 
     exit_code = EXIT_RESOURCES
+
+
+class OutputError(ConvertError, InputError):
+    """No file can be written under the output's name: its folder is not there, or the name is taken."""
+
+
+class OutputNameError(OutputError):
+    """The output's name does not end as the kind of file does."""
+
+    exit_code = EXIT_USAGE
 
 
 class QuantizeError(PyllamaernieError):
@@ -161,9 +183,3 @@ class PinMismatchError(PatchError):
 
 class SeriesError(PatchError):
     """The series names a missing patch, or a patch is not listed."""
-
-
-class OfflineError(PatchError):
-    """Upstream's source is not here and could not be downloaded."""
-
-    exit_code = EXIT_OFFLINE

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-import tempfile
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyllamaernie.errors import InputError
+from pyllamaernie.errors import InputError, OutputError, OutputNameError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}i": 1 << 10 * (i + 1) for i, u in enumerate("kmgt")}
+_HIDDEN = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 
 
@@ -33,8 +38,86 @@ def size_text(n_bytes: int) -> str:
     return f"{n_bytes} B"
 
 
+def check_output(output: Path, overwrite: bool, inputs: Iterable[Path] = (), ending: str = "") -> None:
+    """Whether a file may be written under a name, told alike by all verbs. `inputs` are read meanwhile.
+
+    Raises: OutputError, OutputNameError.
+    """
+    folder = output.absolute().parent
+    if ending and output.suffix != ending:
+        raise OutputNameError(f"{output}: the output's name must end in {ending}")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is not a folder")
+    if output.is_dir() or (os.path.lexists(output) and not overwrite):
+        raise OutputError(f"{output} exists; choose another name or allow overwriting (--overwrite)")
+    if output.exists() and any(output.samefile(path) for path in inputs):
+        raise OutputError(f"{output} is what is read; choose another name")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, or nothing: it is written beside and renamed."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
-        (Path(folder) / path.name).write_text(text, encoding="utf-8")
-        os.replace(Path(folder) / path.name, path)
+    with hidden_file(path) as hidden:
+        hidden.write_text(text, encoding="utf-8")
+        os.replace(hidden, path)
+
+
+@contextmanager
+def hidden_file(path: Path) -> Iterator[Path]:
+    """An empty file beside `path`, to be written and renamed; what is still there at the end is removed.
+
+    A lock on it tells other processes that it is in use. What no living process holds is removed first, so that a
+    process that was killed leaves nothing for long. Raises: OSError.
+    """
+    with _held(path, lambda hidden: os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)) as hidden:
+        yield hidden
+
+
+@contextmanager
+def hidden_folder(path: Path) -> Iterator[Path]:
+    """The same as a folder, removed at the end with all that is in it."""
+
+    def make(hidden: Path) -> int:
+        hidden.mkdir()
+        return os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
+
+    with _held(path, make) as hidden:
+        yield hidden
+
+
+@contextmanager
+def _held(path: Path, make: Callable[[Path], int]) -> Iterator[Path]:
+    remove_stale(path.absolute().parent)
+    while True:
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        number = make(hidden)
+        with suppress(OSError):  # a file system without locks: then nobody removes what is left either
+            fcntl.flock(number, fcntl.LOCK_EX)
+        if hidden.exists():
+            break
+        os.close(number)  # another process took it for a dead one's, before it was locked
+    try:
+        yield hidden
+    finally:
+        _remove(hidden)
+        os.close(number)
+
+
+def remove_stale(folder: Path) -> None:
+    """Removes the hidden files and folders of processes that are no more, as far as that is known and allowed."""
+    for path in folder.glob(".*.partial"):
+        if _HIDDEN.fullmatch(path.name) is None or path.is_symlink():
+            continue
+        with suppress(OSError):
+            number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
+            finally:
+                os.close(number)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -22,6 +23,9 @@ EXIT_PIPE = 141
 VERBS: dict[str, tuple[str, str]] = {
     "run": ("pyllamaernie.cli.run", "answer a prompt, or chat when there is none"),
     "serve": ("pyllamaernie.cli.serve", "serve a model over HTTP, for OpenAI clients and with a web page"),
+    "pull": ("pyllamaernie.cli.pull", "fetch a model from a hub by its name, and keep it"),
+    "list": ("pyllamaernie.cli.list", "show the models of hubs that are on this disk"),
+    "rm": ("pyllamaernie.cli.rm", "remove models of hubs from this disk"),
     "convert": ("pyllamaernie.cli.convert", "convert a Hugging Face folder to GGUF"),
     "quantize": ("pyllamaernie.cli.quantize", "make a model smaller: a preset, a recipe, or a plan"),
     "imatrix": ("pyllamaernie.cli.imatrix", "measure what a model's weights matter for, on text and pictures"),
@@ -69,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv and (not argv or argv[0] != "tool")
     if debug:
         argv.remove("--debug")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be UTF-8; they are printed as is
     try:
         return _dispatch(argv)
     except PyllamaernieError as error:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pyllamaernie.cli.messages import bad_usage
-from pyllamaernie.cli.options import add_pictures, add_threads, asked_pictures, too_small, wrong_prompts
+from pyllamaernie.cli.options import add_pictures, add_threads, asked_pictures, local_model, too_small, wrong_prompts
 from pyllamaernie.compare.comparison import N_CTX, N_SPEED_RUNS, compare
 from pyllamaernie.errors import InputError
 from pyllamaernie.files import write_text
@@ -28,12 +28,15 @@ The first file is the reference, usually the unquantized model; the others must 
   perplexity   of the text, with its standard error; it can fall by luck, so trust the KL
   t/s          tokens per second of a prompt of 512 tokens and of 32 tokens after it, median of several runs
 Use a text that was not used to make the files (importance matrix, plan). A few dozen chunks give useful intervals.
-exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory, 130 interrupted"""
+exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory or
+disk, 6 network needed, 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("reference", metavar="REFERENCE", help="GGUF file that the others are compared with")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="GGUF file, or org/name:TYPE on a hub, that the others are compared with"
+    )
     parser.add_argument("others", nargs="+", metavar="OTHER", help="GGUF files of the same model")
     data = parser.add_argument_group("what to run")
     data.add_argument("-f", "--file", metavar="TEXT", help="UTF-8 text, cut into chunks; what is left over is dropped")
@@ -75,8 +78,11 @@ def run(args: argparse.Namespace) -> int:
         from pyllamaernie.compare.table import check_plot
 
         check_plot(args.plot)
+    found = [local_model("compare", text) for text in (args.reference, *args.others)]
+    if args.mmproj == "auto" and found[0][1] is not None:
+        args.mmproj = found[0][1]
     table = compare(
-        [args.reference, *args.others],
+        [model for model, _ in found],
         args.file,
         images=images,
         n_ctx=args.ctx,

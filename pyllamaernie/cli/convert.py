@@ -7,9 +7,19 @@ import signal
 import threading
 from pathlib import Path
 
+from pyllamaernie.cli.options import local_source
 from pyllamaernie.convert import TYPES, check_two_bit, convert, wint2
 from pyllamaernie.convert.two_bit import find_two_bit
 from pyllamaernie.errors import ConvertError
+
+EPILOG = """examples:
+  pyllamaernie convert ERNIE-4.5-0.3B-PT -o ernie.gguf
+  pyllamaernie convert org/name -o ernie.gguf     fetched from a hub unless it is here
+  pyllamaernie convert ERNIE-4.5-VL-28B-A3B-PT -o vl.gguf --type q8_0
+
+  # Baidu's 2-bit experts, bit for bit; all else from the release they were made from
+  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT --check
+  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT -o 300b.gguf"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,14 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Convert a Hugging Face folder of an ERNIE 4.5 model to GGUF, or a 2-bit release of Baidu's with its original."
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = """examples:
-  pyllamaernie convert ERNIE-4.5-0.3B-PT -o ernie.gguf
-  pyllamaernie convert ERNIE-4.5-VL-28B-A3B-PT -o vl.gguf --type q8_0
-
-  # Baidu's 2-bit experts, bit for bit; all else from the release they were made from
-  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT --check
-  pyllamaernie convert ERNIE-4.5-300B-A47B-2Bits-Paddle --original ERNIE-4.5-300B-A47B-PT -o 300b.gguf"""
-    parser.add_argument("source", metavar="DIR", help="folder with config.json, *.safetensors and tokenizer.model")
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "source", metavar="DIR", help="folder with config.json, *.safetensors and tokenizer.model, or org/name on a hub"
+    )
     parser.add_argument(
         "--original",
         metavar="PT-DIR",
@@ -52,12 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type",
         default="auto",
+        type=str.lower,
         choices=["auto", *TYPES],
         help="type of the matrices (default: auto, the checkpoint's 16-bit type; with --original q8_0, and q4_0 for "
         "experts that the release has in 4 bits)",
     )
     parser.add_argument(
-        "--mmproj-type", choices=list(TYPES), help="the same for the mmproj (default: f32 with --type f32, else f16)"
+        "--mmproj-type",
+        type=str.lower,
+        choices=list(TYPES),
+        help="the same for the mmproj (default: f32 with --type f32, else f16)",
     )
     parser.add_argument("--no-mmproj", action="store_true", help="leave the vision side out")
     parser.add_argument("--no-mtp", action="store_true", help="leave the multi-token-prediction layers out")
@@ -73,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
     """Converts as the command line says; prints the paths of the written files."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a polite kill cleans up too
+    args.source = local_source("convert", args.source)
+    if args.original is not None:
+        args.original = local_source("convert", args.original)
     if args.check:
         if args.original is None:
             find_two_bit(Path(args.source), None, dry_run=True)

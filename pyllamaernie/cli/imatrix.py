@@ -13,9 +13,11 @@ from pyllamaernie.cli.options import (
     add_workers,
     asked_pictures,
     not_positive,
+    take_model,
     too_small,
     wrong_prompts,
 )
+from pyllamaernie.hub.choice import UNQUANTIZED
 from pyllamaernie.quant.imatrix import CHUNK, compute_imatrix, report
 
 EPILOG = """examples:
@@ -28,7 +30,8 @@ A text uses the experts for text only. The experts for vision are measured on pi
 chat template; a few hundred pictures of the kind that the model will see reach most of them. Experts that nothing
 reached are named at the end: quantization treats their columns as equally important.
 The file also says how much each expert adds to the output, which `pyllamaernie prune` reads and quantization skips.
-exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory, 130 interrupted"""
+exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory or
+disk, 6 network needed, 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     images = asked_pictures(args)
     if args.file is None and not images:
         return bad_usage("imatrix", "nothing to run; give -f TEXT, --image or --images")
+    take_model("imatrix", args, prefer=UNQUANTIZED)
     result = compute_imatrix(
         args.model,
         args.file,

@@ -17,6 +17,11 @@ def bad_usage(verb: str, text: str) -> int:
     return EXIT_USAGE
 
 
+def say(verb: str, text: str) -> None:
+    """One line on stderr."""
+    print(f"pyllamaernie {verb}: {text}", file=sys.stderr, flush=True)
+
+
 def warn(verb: str, text: str) -> None:
     print(f"pyllamaernie {verb}: warning: {text}", file=sys.stderr)
 

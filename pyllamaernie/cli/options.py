@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
+from pyllamaernie.cli.messages import say
 from pyllamaernie.compare.samples import QUESTION, ask_pictures
+from pyllamaernie.errors import InputError
+from pyllamaernie.hub.choice import RUNNABLE, UNQUANTIZED, Wish
+from pyllamaernie.hub.converted import model_of
+from pyllamaernie.hub.library import quiet_unless_terminal
+from pyllamaernie.hub.names import parse
+from pyllamaernie.hub.resolve import resolve
+
+MODEL = "GGUF file, or a name on a hub: org/name or org/name:Q4_K_M"
 
 
 def add_model(group: argparse._ArgumentGroup) -> None:
     """--model and --mmproj, for every verb that loads a model."""
-    group.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the embedded model)")
+    group.add_argument("-m", "--model", metavar="FILE", help=f"{MODEL} (default: the embedded model)")
     group.add_argument(
         "--mmproj", metavar="FILE", default="auto", help="projector for pictures (default: the one beside the model)"
     )
@@ -88,3 +98,49 @@ def add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="LIST",
         help="only these, such as Q4_K,Q6_K,Q8_0 (default: all that any llama.cpp loads; CCQ types have to be named)",
     )
+
+
+def local_model(verb: str, text: str, *, prefer: tuple[str, ...] = RUNNABLE) -> tuple[str, str | None]:
+    """The GGUF file of a path or of a name on a hub, and the projector that lies with it there.
+
+    It is fetched, and made of a folder, unless it is on this disk. A path stays as it is, whether or not it is there.
+    Raises: OfflineError, HubError, DiskSpaceError, ConvertError.
+    """
+    name = parse(text)
+    if name is None:
+        return text, None
+    quiet_unless_terminal(text)
+    found = resolve(name, wish=Wish(prefer=prefer), say=partial(say, verb))
+    if found.model is not None:
+        return str(found.model), None if found.mmproj is None else str(found.mmproj)
+    return str(model_of(found, _convert, say=partial(say, verb))), None  # its projector lies beside it
+
+
+def take_model(verb: str, args: argparse.Namespace, *, prefer: tuple[str, ...] = RUNNABLE) -> None:
+    """`local_model` for args.model, and for args.mmproj where that is to be found."""
+    if args.model is not None:
+        args.model, mmproj = local_model(verb, args.model, prefer=prefer)
+        if args.mmproj == "auto" and mmproj is not None:
+            args.mmproj = mmproj
+
+
+def local_source(verb: str, text: str, *, prefer: tuple[str, ...] = UNQUANTIZED) -> str:
+    """The Hugging Face folder of a path or of a name on a hub, else its GGUF file. Raises: as `local_model`."""
+    name = parse(text)
+    if name is None:
+        return text
+    quiet_unless_terminal(text)
+    found = resolve(name, wish=Wish(prefer=prefer, folder_first=True), say=partial(say, verb))
+    if found.folder is None:
+        return str(found.model)
+    if name.type is not None:
+        raise InputError(
+            f"{name.repo} holds no GGUF files, so {name} names none; its folder is {name.repo}, without a type"
+        )
+    return str(found.folder)
+
+
+def _convert(folder: Path, output: Path, type: str) -> None:
+    from pyllamaernie.convert import convert
+
+    convert(folder, output, type=type)

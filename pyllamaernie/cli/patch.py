@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from email.utils import format_datetime
 from pathlib import Path
 
-from pyllamaernie.errors import EXIT_CHECK, EXIT_FAILED, EXIT_INTERRUPTED, PatchError
+from pyllamaernie.errors import EXIT_CHECK, EXIT_FAILED, EXIT_INTERRUPTED, OfflineError, PatchError
 from pyllamaernie.patching.editing import BASE, apply_git, export
 from pyllamaernie.patching.files import FIELDS
 from pyllamaernie.patching.series import check, find_root, log, new, open_tree, status
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         log.setLevel(logging.INFO)
     try:
         return VERBS[args.patch_verb](args)
-    except PatchError as e:
+    except (PatchError, OfflineError) as e:
         print(f"error: patch {args.patch_verb}: {e}", file=sys.stderr)
         return e.exit_code
     except BrokenPipeError:

@@ -18,11 +18,13 @@ from pyllamaernie.cli.options import (
     add_threads,
     asked_pictures,
     not_positive,
+    take_model,
     too_small,
     wrong_prompts,
 )
 from pyllamaernie.errors import InputError
 from pyllamaernie.files import parse_size, write_text
+from pyllamaernie.hub.choice import UNQUANTIZED
 
 EPILOG = """examples:
   pyllamaernie plan ernie-21b-bf16.gguf --size 8GiB --imatrix imatrix.gguf -f selection.txt -o ernie-8g.plan.json
@@ -41,12 +43,14 @@ Without a text and pictures nothing is run, and losses are guessed from other mo
 Beside OUT.plan.json: OUT.recipe.txt, which `llama-quantize --tensor-type-file` takes (with any quantized base type,
 such as Q8_0), and OUT.plan.md, a report, with pictures where matplotlib is there (pip install 'pyllamaernie[plot]').
 exit codes: 0 done, 1 failed, 2 bad usage, 3 nothing fits the size, 4 a file is missing or unreadable, 5 not enough
-memory, 130 interrupted"""
+memory or disk, 6 network needed, 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL", help="GGUF file that is not quantized")
+    parser.add_argument(
+        "model", metavar="MODEL", help="GGUF file that is not quantized, or org/name or org/name:TYPE on a hub"
+    )
     add_budget(parser.add_argument_group("how large (one of these)").add_mutually_exclusive_group(required=True))
     parser.add_argument("-o", "--output", metavar="OUT.plan.json", required=True, help="the plan")
     data = parser.add_argument_group("data")
@@ -87,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     size_bytes = None if args.size is None else parse_size(args.size)
     pictures = asked_pictures(args)
 
+    take_model("plan", args, prefer=UNQUANTIZED)
     from pyllamaernie.plan.planner import N_TRIALS, Planner
     from pyllamaernie.plan.rules import parse_rules
 

@@ -15,6 +15,7 @@ from pyllamaernie.cli.options import (
     add_limits,
     add_pictures,
     add_threads,
+    local_source,
     not_positive,
     wrong_prompts,
 )
@@ -51,14 +52,14 @@ llama-quantize takes too; for a size also OUT.plan.json, OUT.plan.md (a report) 
 For a size, a folder becomes a 16-bit GGUF in a hidden folder beside OUT while it is measured.
 
 exit codes: 0 done, 1 failed, 2 bad usage, 3 nothing fits the size, 4 a file is missing or unreadable, 5 not enough disk
-or memory, 130 interrupted"""
+or memory, 6 network needed, 130 interrupted"""
 
 VIA = ("auto", "f16", "bf16", "f32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("model", metavar="MODEL", help="GGUF file, or Hugging Face folder")
+    parser.add_argument("model", metavar="MODEL", help="GGUF file, Hugging Face folder, or org/name on a hub")
     parser.add_argument("-o", "--output", metavar="OUT.gguf", required=True, help="the smaller file")
     what = parser.add_argument_group("what to make (one of these)").add_mutually_exclusive_group(required=True)
     add_budget(what)
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a polite kill can be resumed too
     options = _options(args)
+    args.model = local_source("quantize", args.model)
     prepared = prepare(args.model, output, options, say=_say)
     for line in prepared.warnings:
         warn("quantize", line)

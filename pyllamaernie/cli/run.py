@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyllamaernie.cli.messages import bad_usage
-from pyllamaernie.cli.options import add_model
+from pyllamaernie.cli.options import add_model, take_model
 from pyllamaernie.errors import EXIT_INTERRUPTED, MediaError, PyllamaernieError
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ TEMPERATURE = 0.2
 EPILOG = """examples:
   pyllamaernie run --image examples/shapes.png "What is in the picture?"
   pyllamaernie run -m ernie-vl.gguf --image a.jpg --image b.jpg "Which picture is brighter?"
+  pyllamaernie run -m org/name:Q4_K_M --image a.jpg "What is this?"     fetched from a hub unless it is here
   pyllamaernie run -m ernie-vl.gguf --video clip.mp4 "What happens?"
   echo "What is in the picture?" | pyllamaernie run --image shapes.png
   pyllamaernie run -m ernie-vl.gguf          a chat; /image FILE adds a picture
 
 Without -m the embedded ernie-4.5-vl-tiny answers, which knows only simple shapes.
-exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory, 130 interrupted"""
+exit codes: 0 done, 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory or
+disk, 6 network needed, 130 interrupted"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         media = [_part(*medium) for medium in args.media]  # before the model: a wrong path should not cost a load
+        take_model("run", args)
         llama = Llama(
             args.model, mmproj=args.mmproj, n_ctx=args.ctx, n_threads=args.threads, seed=args.seed, verbose=args.verbose
         )

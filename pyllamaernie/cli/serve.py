@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pyllamaernie import programs
 from pyllamaernie.cli.messages import bad_usage, warn
-from pyllamaernie.cli.options import add_model, add_threads, add_workers, not_positive
+from pyllamaernie.cli.options import add_model, add_threads, add_workers, not_positive, take_model
 from pyllamaernie.llama.rpc import endpoints
 from pyllamaernie.server.address import is_local, require_free_port
 from pyllamaernie.server.http import arguments
@@ -24,7 +24,8 @@ EPILOG = """examples:
 
 ERNIE does not think unless a request asks: "chat_template_kwargs": {"enable_thinking": true}; the thoughts then are in
 reasoning_content. `pyllamaernie tool llama-server --help` lists every flag for after --.
-exit codes: 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory; then llama-server's own"""
+exit codes: 1 failed, 2 bad usage, 4 a file is missing or unreadable, 5 not enough memory or
+disk, 6 network needed; then llama-server's own"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.public and not (args.api_key or os.environ.get("LLAMA_API_KEY")):
         warn("serve", "no --api-key: whoever reaches the port may use the model")
     port = require_free_port("127.0.0.1" if args.host == "localhost" else args.host, args.port)
+    take_model("serve", args)
     command = arguments(
         args.model,
         args.mmproj,

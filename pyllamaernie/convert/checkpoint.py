@@ -6,14 +6,17 @@ Source of the file layout: https://github.com/huggingface/safetensors (8-byte le
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from pyllamaernie.convert.json_file import CONFIG, N_BYTES_MAX, is_text, open_regular, parse_json, read_json, shown
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError
 
 # BF16 rows are handed out as the bit patterns.
@@ -30,8 +33,10 @@ _STORED = {
     "I16": "<i2",
     "U16": "<u2",
 }
+_SUFFIXES = (".json", ".safetensors", ".model", ".jinja", ".md", ".txt")
 INDEX = "model.safetensors.index.json"
 FLOAT_TYPES = ("F32", "F16", "BF16")
+_N_DIMS_MAX, _DIM_MAX, _NAME_MAX = 8, 2**48, 512
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,9 @@ class Checkpoint:
     names: frozenset[str] | None = None
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, {} when there is none."""
+        """A JSON file of the folder, {} when there is none. Raises: MissingFileError, ConvertError."""
         path = self.folder / name
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if os.path.lexists(path) else {}
 
 
 def open_checkpoint(folder: Path, *, need_weights: bool = True) -> Checkpoint:
@@ -105,10 +110,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise MissingFileError(
             f"{folder}: no such folder; pass the folder that holds config.json and the .safetensors files"
         )
-    path = folder / "config.json"
-    if not path.is_file():
+    path = folder / CONFIG
+    if not os.path.lexists(path):
         raise MissingFileError(f"{path}: missing; pass the folder of a Hugging Face checkpoint")
-    return _read_json(path)
+    check_kinds(folder)
+    return read_json(path)
+
+
+def check_kinds(folder: Path) -> None:
+    """That nothing with a checkpoint file's name is a pipe or device, which whoever opens it would wait for.
+
+    Raises: MissingFileError.
+    """
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        try:
+            kind = path.stat().st_mode
+        except OSError:  # a link to nowhere: named when the file is needed
+            continue
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind) and path.suffix in _SUFFIXES:
+            open_regular(path).close()
 
 
 def read_tensors(
@@ -119,7 +139,7 @@ def read_tensors(
     With `need_weights=False` a header is enough of a file, and files may be missing.
     """
     index = folder / INDEX
-    weight_map = _weight_map(index) if index.is_file() else None
+    weight_map = _weight_map(index) if os.path.lexists(index) else None
     if not need_weights:
         files = set(weight_map.values()) if weight_map else {p.name for p in folder.glob("model*.safetensors")}
         if not files or not all((folder / file).is_file() for file in files):
@@ -128,10 +148,28 @@ def read_tensors(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConvertError(f"{index}: has no weight_map; download the file again")
+    for name, file in weight_map.items():
+        _check_name(name, index)
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise ConvertError(
+                f"{index}: {name} is in {shown(file)}; expected the name of a .safetensors file in this folder"
+            )
     return weight_map
+
+
+def _stays_inside(file: str) -> bool:
+    """Whether it is the path of a safetensors file below the folder that it counts from."""
+    parts = PurePosixPath(file).parts
+    plain = file.isprintable() and is_text(file) and "\\" not in file
+    return plain and file.endswith(".safetensors") and ".." not in parts and not PurePosixPath(file).is_absolute()
+
+
+def _check_name(name: str, path: Path) -> None:
+    if not name or len(name) > _NAME_MAX or not name.isprintable() or not is_text(name):
+        raise ConvertError(f"{path}: a tensor is called {shown(name)}; expected 1 to {_NAME_MAX} printable characters")
 
 
 def _index_tensors(folder: Path, weight_map: dict[str, str] | None, whole: bool) -> dict[str, StoredTensor]:
@@ -167,21 +205,19 @@ def _index_tensors(folder: Path, weight_map: dict[str, str] | None, whole: bool)
 
 
 def _read_header(path: Path, whole: bool) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         n_header = int.from_bytes(file.read(8), "little")
         if size < 8 or n_header > size - 8:
             raise ConvertError(f"{path}: not a safetensors file or cut short ({size} bytes); download it again")
-        try:
-            header = json.loads(file.read(n_header))
-        except ValueError as error:
-            raise ConvertError(f"{path}: broken safetensors header ({error}); download it again") from error
-    out = {}
+        header = parse_json(file.read(min(n_header, N_BYTES_MAX + 1)), f"{path}: broken safetensors header")
+    out: dict[str, StoredTensor] = {}
+    ends: dict[str, int] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        _check_name(name, path)
+        dtype, shape, begin, end = _entry(name, entry, path)
         if whole and 8 + n_header + end > size:
             raise ConvertError(
                 f"{path}: cut short, {name} ends at byte {8 + n_header + end} of {size}; download it again"
@@ -190,18 +226,50 @@ def _read_header(path: Path, whole: bool) -> dict[str, StoredTensor]:
             raise ConvertError(
                 f"{path}: {name} has {end - begin} bytes, not what {dtype} {list(shape)} takes; download it again"
             )
-        out[name] = StoredTensor(name, path, dtype, shape, 8 + n_header + begin)
+        out[name], ends[name] = StoredTensor(name, path, dtype, shape, 8 + n_header + begin), 8 + n_header + end
+    _check_apart(out, ends)
     return out
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ConvertError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
+def _entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, begin and end of a header's entry. Raises: ConvertError for what the format does not allow."""
+    if not isinstance(entry, Mapping):
+        raise ConvertError(f"{path}: {name} is {shown(entry)}, expected an object; download it again")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not 0 < len(dtype) <= 32 or not dtype.isprintable():
+        raise ConvertError(f"{path}: {name} has dtype {shown(dtype)}, expected one such as 'BF16'; download it again")
+    if not isinstance(shape, list) or len(shape) > _N_DIMS_MAX or not all(_is_size(n, _DIM_MAX) for n in shape):
+        seen = [shown(n) for n in shape[: _N_DIMS_MAX + 1]] if isinstance(shape, list) else shown(shape)
+        raise ConvertError(
+            f"{path}: {name} has shape {seen}, expected at most {_N_DIMS_MAX} whole numbers; download it again"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n, 2**62) for n in offsets):
+        seen = [shown(n) for n in offsets[:3]] if isinstance(offsets, list) else shown(offsets)
+        raise ConvertError(
+            f"{path}: {name} has data_offsets {seen}, expected two whole numbers, none below 0; download it again"
+        )
+    begin, end = offsets
+    if begin > end:
+        raise ConvertError(f"{path}: {name} has data_offsets {offsets}, which end before they begin; download it again")
+    return dtype, tuple(shape), begin, end
+
+
+def _is_size(value: Any, high: int) -> bool:
+    return type(value) is int and 0 <= value <= high
+
+
+def _check_apart(tensors: Mapping[str, StoredTensor], ends: Mapping[str, int]) -> None:
+    """Raises ConvertError where two tensors share bytes, which the format does not allow."""
+    last: StoredTensor | None = None
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, ends[t.name])):
+        if ends[tensor.name] == tensor.offset:
+            continue
+        if last is not None and tensor.offset < ends[last.name]:
+            raise ConvertError(
+                f"{tensor.path}: {last.name} ends at byte {ends[last.name]}, but {tensor.name} begins at byte "
+                f"{tensor.offset}; expected data_offsets that do not overlap, download it again"
+            )
+        last = tensor
 
 
 def _some(names: list[str]) -> str:

@@ -8,6 +8,7 @@ the original, which gives the rest.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pyllamaernie.convert.outputs import OutFile, check_target, known_type, plan
 from pyllamaernie.convert.progress import Bar, Progress
 from pyllamaernie.convert.two_bit import compare_experts, find_two_bit, two_bit_experts, with_experts
 from pyllamaernie.convert.wint2_check import CheckReport
-from pyllamaernie.errors import ConvertError
+from pyllamaernie.errors import OutputNameError
 from pyllamaernie.gguf.file import file_bytes
 
 
@@ -92,15 +93,15 @@ def convert(
     checkpoint = open_checkpoint(Path(source if original is None else original), need_weights=not dry_run)
     family = family_of(checkpoint)
     experts = two_bit_experts(two_bit, checkpoint, reading) if two_bit else None
-    w4_type = "q4_0" if type == "auto" else type
-    if type == "auto":
+    w4_type = "q4_0" if type.lower() == "auto" else known_type(type)
+    if type.lower() == "auto":
         type = "q8_0" if experts else own_type(checkpoint)
-    known_type(type)
+    type = known_type(type)
     mmproj_type = ("f32" if type == "f32" else "f16") if mmproj_type is None else known_type(mmproj_type)
     said = wint2.TYPE.name.lower() if experts else type
-    model = Path(output) if output is not None else Path(f"{Path(source).resolve().name}-{said.upper()}.gguf")
-    if model.suffix != ".gguf":
-        raise ConvertError(f"{model}: the output's name must end in .gguf")
+    model = Path(output) if output is not None else Path(f"{Path(os.path.abspath(source)).name}-{said.upper()}.gguf")
+    if model.suffix != ".gguf":  # before any file is read; the rest in check_target
+        raise OutputNameError(f"{model}: the output's name must end in .gguf")
     vocabulary, assumed = vocabulary_of(checkpoint, dry_run=dry_run)
     files = plan_files(checkpoint, family, vocabulary, model, type, mmproj_type if mmproj else None, mtp)
     if experts:

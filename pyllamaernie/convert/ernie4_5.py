@@ -12,15 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllamaernie.convert.checkpoint import Checkpoint
+from pyllamaernie.convert.json_file import flag, number, section, shown, whole
 from pyllamaernie.convert.plan import ImpliedPool, Pool, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
-from pyllamaernie.errors import ConvertError
+from pyllamaernie.errors import ConvertError, TensorMappingError
 from pyllamaernie.gguf.file import FILE_TYPES, QUANTIZATION_VERSION, Key, OutTensor, TensorType
 
 ARCH = "ernie4_5"
 
 # Left out, as upstream and transformers leave them out: counters and derived tables.
 DROPPED = re.compile(r"\.moe_statics\.expert_usage$|\.inv_freq$")
+
+N_LAYER_MAX = 512  # LLAMA_MAX_LAYERS of llama.cpp at the pin
+N_MTP_MAX = 16
+SIZE_MAX = 2**24
+_HEAD_DIM_MAX, _N_VOCAB_MAX = 2**14, 2**20
+_LAYER = re.compile(r"^model\.layers\.(\d{1,6})\.")
 
 _MLP = (("gate_proj", "ffn_gate"), ("up_proj", "ffn_up"), ("down_proj", "ffn_down"))
 
@@ -58,43 +65,93 @@ def need(config: Mapping[str, Any], *names: str) -> Any:
     raise ConvertError(f"config.json: no {' or '.join(names)}; it is required")
 
 
+def text_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flat or the nested form says of the text stack. Raises: ConvertError for an odd text_config."""
+    return {**config, **section(config, "text_config")}
+
+
+def rope_values(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the rotation, in either spelling."""
+    return section(text, "rope_parameters") or section(text, "rope_scaling")
+
+
 def text_config(config: Mapping[str, Any], *, default_head_dim: int | None = None) -> TextConfig:
     """Reads the flat or the nested form.
 
-    Raises: ConvertError for a missing key, or a RoPE scaling, which no ERNIE 4.5 has.
+    Raises: ConvertError for a missing key, a value out of range, or a RoPE scaling, which no ERNIE 4.5 has.
     """
-    text = {**config, **(config.get("text_config") or {})}
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    text = text_values(config)
+    rope = rope_values(text)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", None):
-        raise ConvertError(f"config.json: rope type {rope_type!r}; only 'default' is known for ERNIE 4.5")
+        raise ConvertError(f"config.json: rope type {shown(rope_type)}; only 'default' is known for ERNIE 4.5")
     if text.get("hidden_act", "silu") != "silu":
-        raise ConvertError(f"config.json: hidden_act {text['hidden_act']!r}; ERNIE 4.5 uses 'silu'")
-    n_head = need(text, "num_attention_heads")
-    n_embd = need(text, "hidden_size")
+        raise ConvertError(f"config.json: hidden_act {shown(text['hidden_act'])}; ERNIE 4.5 uses 'silu'")
+    n_head = whole(text, "num_attention_heads", low=1, high=SIZE_MAX)
+    n_embd = whole(text, "hidden_size", low=1, high=SIZE_MAX)
+    n_head_kv = whole(text, "num_key_value_heads", low=1, high=n_head, default=n_head)
+    head_dim = whole(text, "head_dim", low=2, high=_HEAD_DIM_MAX, default=default_head_dim or max(2, n_embd // n_head))
+    if n_head % n_head_kv:
+        raise ConvertError(
+            f"config.json: num_attention_heads {n_head} is no multiple of num_key_value_heads {n_head_kv}"
+        )
+    if head_dim % 2:
+        raise ConvertError(f"config.json: head_dim is {head_dim}; expected an even number, for the rotation")
     return TextConfig(
         values=text,
-        n_layer=need(text, "num_hidden_layers"),
+        n_layer=whole(text, "num_hidden_layers", low=1, high=N_LAYER_MAX),
         n_embd=n_embd,
-        n_vocab=need(text, "vocab_size"),
-        n_ff=need(text, "intermediate_size"),
+        n_vocab=whole(text, "vocab_size", low=1, high=_N_VOCAB_MAX),
+        n_ff=whole(text, "intermediate_size", low=1, high=SIZE_MAX),
         n_head=n_head,
-        n_head_kv=text.get("num_key_value_heads") or n_head,
-        head_dim=text.get("head_dim") or default_head_dim or n_embd // n_head,
-        rms_eps=need(text, "rms_norm_eps"),
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        rms_eps=number(text, "rms_norm_eps", low=0, high=1),
         freq_base=float(
-            rope.get("rope_theta") or text.get("rope_theta") or 500000.0
+            number(
+                {"rope_theta": rope.get("rope_theta") or text.get("rope_theta")},
+                "rope_theta",
+                low=1,
+                high=1e12,
+                default=500000.0,
+            )
         ),  # the family's documented default
-        use_bias=bool(text.get("use_bias")),
-        tied=text.get("tie_word_embeddings"),
+        use_bias=bool(flag(text, "use_bias")),
+        tied=flag(text, "tie_word_embeddings"),
     )
+
+
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """How many tokens there are: what config.json says, held against the embedding before anything is as long.
+
+    Raises: ConvertError, TensorMappingError.
+    """
+    n_vocab = whole(text_values(checkpoint.config), "vocab_size", low=1, high=_N_VOCAB_MAX)
+    for name, tensor in checkpoint.tensors.items():
+        if canonical_name(name) == "model.embed_tokens.weight" and tensor.shape[:1] != (n_vocab,):
+            raise TensorMappingError(
+                f"config.json: vocab_size is {n_vocab}, but {name} has shape {list(tensor.shape)}; expected "
+                f"as many rows"
+            )
+    return n_vocab
+
+
+def check_layers(pool: Pool, c: TextConfig) -> None:
+    """Raises TensorMappingError if config.json counts more layers than tensors are of, before a loop believes it."""
+    found = pool.numbers(_LAYER)
+    if found is not None and c.n_layer > len(found):
+        raise TensorMappingError(
+            f"config.json: num_hidden_layers is {c.n_layer}, but there are tensors of {len(found)} layers; "
+            "expected as many"
+        )
 
 
 def text_keys(arch: str, c: TextConfig, file_type: TensorType, *, n_layer: int | None = None) -> list[Key]:
     """The keys that every text model has."""
     keys = [Key(f"{arch}.block_count", "u32", c.n_layer if n_layer is None else n_layer)]
     if c.values.get("max_position_embeddings") is not None:
-        keys.append(Key(f"{arch}.context_length", "u32", c.values["max_position_embeddings"]))
+        n_ctx = whole(c.values, "max_position_embeddings", low=1, high=2**31 - 1)
+        keys.append(Key(f"{arch}.context_length", "u32", n_ctx))
     return [
         *keys,
         Key(f"{arch}.embedding_length", "u32", c.n_embd),
@@ -210,16 +267,17 @@ def make_pool(checkpoint: Checkpoint, rename: Callable[[str], str]) -> Pool:
 
 def _optional(config: Mapping[str, Any]) -> Callable[[str], bool]:
     """Which tensors that may be there are there, as far as config.json says (without weights and without an index)."""
-    text = {**config, **(config.get("text_config") or {})}
+    text = text_values(config)
+    n_mtp = whole(text, "num_nextn_predict_layers", low=0, high=N_MTP_MAX, default=0)
 
     def there(name: str) -> bool:
         if name == "lm_head.weight":
             return text.get("tie_word_embeddings") is False
         if name.endswith(".mlp.moe_statics.e_score_correction_bias"):
             return text.get("moe_use_aux_free") is not False
-        block = re.match(r"model\.mtp_\w+\.(\d+)\.", name)
+        block = re.match(r"model\.mtp_\w+\.(\d{1,6})\.", name)
         odd = any(part in name for part in ("up_gate_proj", "qkv_proj", ".experts."))
-        return block is not None and int(block[1]) < (text.get("num_nextn_predict_layers") or 0) and not odd
+        return block is not None and int(block[1]) < n_mtp and not odd
 
     return there
 
@@ -240,6 +298,7 @@ def text_model(
 ) -> tuple[list[Key], list[OutTensor]]:
     """Keys and tensors of the text GGUF."""
     c = read_config(checkpoint.config)
+    check_layers(pool, c)
     out = stem_tensors(pool, c, wanted)
     for il in range(c.n_layer):
         out += attention_tensors(pool, c, il, wanted)

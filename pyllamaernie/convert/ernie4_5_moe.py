@@ -7,19 +7,25 @@ by coincidence; here it is moe_intermediate_size times the number of shared expe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pyllamaernie.convert import ernie4_5
 from pyllamaernie.convert.checkpoint import Checkpoint
-from pyllamaernie.convert.ernie4_5 import TextConfig, need
+from pyllamaernie.convert.ernie4_5 import SIZE_MAX, TextConfig, need
+from pyllamaernie.convert.json_file import shown, whole
 from pyllamaernie.convert.plan import Pool, Rows, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
-from pyllamaernie.errors import ConvertError
+from pyllamaernie.errors import ConvertError, TensorMappingError
 from pyllamaernie.gguf.file import Key, OutTensor, TensorType
 
 ARCH = "ernie4_5-moe"
+N_EXPERT_MAX = 1024  # LLAMA_MAX_EXPERTS of llama.cpp at the pin
+_N_EXPERTS_MAX = 2**16  # of all layers; the largest ERNIE 4.5 has 3,456
+_N_SHARED_MAX = 64
+_EXPERT = re.compile(r"^model\.layers\.\d{1,6}\.mlp\.experts\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,42 @@ def leading_dense(sparse: list[bool]) -> int:
     return n_dense
 
 
+def n_experts(c: TextConfig, value: object, name: str) -> int:
+    """A number of routed experts, no more than llama.cpp loads and no fewer than a token uses. Raises: ConvertError."""
+    if type(value) is not int or not 1 <= value <= N_EXPERT_MAX or value * c.n_layer > _N_EXPERTS_MAX:
+        raise ConvertError(
+            f"config.json: {name} is {shown(value)} in {c.n_layer} layers; expected 1 to {N_EXPERT_MAX}, and at most "
+            f"{_N_EXPERTS_MAX} in all layers"
+        )
+    n_used = whole(c.values, "moe_k", low=1, high=N_EXPERT_MAX)
+    if n_used > value:
+        raise ConvertError(f"config.json: moe_k is {n_used}, but there are {value} experts; a token cannot use more")
+    return value
+
+
+def n_shared_experts(c: TextConfig) -> int | None:
+    """How many experts every token uses; None where config.json does not say."""
+    if c.values.get("moe_num_shared_experts") is None:
+        return None
+    return whole(c.values, "moe_num_shared_experts", low=0, high=_N_SHARED_MAX)
+
+
+def check_experts(pool: Pool, n: int, fused: bool) -> None:
+    """Raises TensorMappingError if config.json counts more experts than tensors are of, before a loop believes it.
+
+    `n`: of all banks of a layer. `fused`: they are stored in one tensor, whose shape says how many there are.
+    """
+    found = pool.numbers(_EXPERT)
+    if found is not None and not fused and n > len(found):
+        raise TensorMappingError(
+            f"config.json: {n} experts in a layer, but there are tensors of {len(found)}; expected as many"
+        )
+
+
 def expert_keys(arch: str, c: TextConfig, bank: Bank, n_dense: int, n_shared: int | None) -> list[Key]:
     keys = [
         Key(f"{arch}.expert_count", "u32", bank.n_expert),
-        Key(f"{arch}.expert_used_count", "u32", need(c.values, "moe_k")),
+        Key(f"{arch}.expert_used_count", "u32", whole(c.values, "moe_k", low=1, high=bank.n_expert)),
         Key(f"{arch}.interleave_moe_layer_step", "u32", 1),
         Key(f"{arch}.leading_dense_block_count", "u32", n_dense),
         Key(f"{arch}.expert_feed_forward_length", "u32", bank.n_ff),
@@ -122,22 +160,30 @@ def read_config(config: Mapping[str, Any]) -> TextConfig:
 
 
 def sparse_layers(c: TextConfig) -> list[bool]:
-    """Layer i is sparse iff (i + 1) % interval == 0 and start <= i <= end."""
+    """Layer i is sparse iff (i + 1) % interval == 0 and start <= i <= end.
+
+    Raises: ConvertError for values of another kind, and for a list that is not as long as there are layers.
+    """
     v = c.values
-    if v.get("mlp_layer_types") is not None:
-        return [kind == "sparse" for kind in v["mlp_layer_types"]]
-    first, last, step = (
-        need(v, "moe_layer_start_index"),
-        v.get("moe_layer_end_index", -1),
-        v.get("moe_layer_interval") or 1,
-    )
-    last = c.n_layer - 1 if last in (-1, None) else last
+    kinds = v.get("mlp_layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != c.n_layer or not all(k in ("dense", "sparse") for k in kinds):
+            raise ConvertError(
+                f"config.json: mlp_layer_types is {shown(kinds)}; expected 'dense' or 'sparse' for each of the "
+                f"{c.n_layer} layers"
+            )
+        return [kind == "sparse" for kind in kinds]
+    first = whole(v, "moe_layer_start_index", low=0, high=SIZE_MAX)
+    last = whole(v, "moe_layer_end_index", low=-1, high=SIZE_MAX, default=-1)
+    step = whole(v, "moe_layer_interval", low=1, high=SIZE_MAX, default=1)
+    last = c.n_layer - 1 if last == -1 else last
     return [(i + 1) % step == 0 and first <= i <= last for i in range(c.n_layer)]
 
 
 def text_bank(c: TextConfig) -> Bank:
     """The routed experts."""
-    return Bank(need(c.values, "moe_num_experts", "num_experts"), need(c.values, "moe_intermediate_size"))
+    n = n_experts(c, need(c.values, "moe_num_experts", "num_experts"), "moe_num_experts")
+    return Bank(n, whole(c.values, "moe_intermediate_size", low=1, high=SIZE_MAX))
 
 
 def text_model(
@@ -146,8 +192,10 @@ def text_model(
     """Keys and tensors of the text GGUF."""
     c = read_config(checkpoint.config)
     bank = text_bank(c)
-    n_shared = c.values.get("moe_num_shared_experts")
+    n_shared = n_shared_experts(c)
     n_dense = leading_dense(sparse_layers(c))
+    ernie4_5.check_layers(pool, c)
+    check_experts(pool, bank.n_expert, f"model.layers.{n_dense}.mlp.experts.gate_up_proj" in pool)
     out = ernie4_5.stem_tensors(pool, c, wanted)
     for il in range(c.n_layer):
         out += ernie4_5.attention_tensors(pool, c, il, wanted)

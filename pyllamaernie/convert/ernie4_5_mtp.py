@@ -28,7 +28,7 @@ NAMES = re.compile(r"^model\.mtp_")
 def n_layers(pool: Pool) -> int:
     """How many there are, counted from 0 without a gap."""
     n = 0
-    while f"model.mtp_linear_proj.{n}.weight" in pool:
+    while n < ernie4_5.N_MTP_MAX and f"model.mtp_linear_proj.{n}.weight" in pool:
         n += 1
     return n
 

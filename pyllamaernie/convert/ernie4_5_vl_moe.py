@@ -17,8 +17,9 @@ import numpy as np
 
 from pyllamaernie.convert import ernie4_5, ernie4_5_moe
 from pyllamaernie.convert.checkpoint import Checkpoint
-from pyllamaernie.convert.ernie4_5 import TextConfig, need
+from pyllamaernie.convert.ernie4_5 import N_LAYER_MAX, SIZE_MAX, TextConfig, need
 from pyllamaernie.convert.ernie4_5_moe import Bank
+from pyllamaernie.convert.json_file import as_whole, flag, number, section, shown, whole
 from pyllamaernie.convert.plan import Pool, Rows, computed_tensor, out_tensor
 from pyllamaernie.convert.tokenizer import Vocabulary
 from pyllamaernie.errors import ConvertError, TokenizerError
@@ -28,6 +29,7 @@ log = logging.getLogger("pyllamaernie.convert")
 
 ARCH = "ernie4_5-vl-moe"
 PROJECTOR = "ernie4_5_vl"
+_PROCESSOR = "processor_config.json"
 VISION_EPS = 1e-6  # of every LayerNorm on the vision side; in the code of both references, not in all configurations
 
 # What both reference processors use when the checkpoint does not say.
@@ -77,17 +79,17 @@ def sections(c: TextConfig) -> Sections:
 
     Raises: ConvertError when neither is there, h and w differ, or the sum is not half of a head.
     """
-    rope = c.values.get("rope_parameters") or c.values.get("rope_scaling") or {}
+    rope = ernie4_5.rope_values(c.values)
     half = c.head_dim // 2
     if rope.get("mrope_section") is not None:
-        parts = list(rope["mrope_section"])
-        if len(parts) != 3:
-            raise ConvertError(
-                f"config.json: mrope_section {parts}; expected three numbers, for height, width and time"
-            )
-        s = Sections(t=parts[2], h=parts[0], w=parts[1])
+        parts = rope["mrope_section"]
+        if not isinstance(parts, list) or len(parts) != 3:
+            said = [shown(part) for part in parts[:4]] if isinstance(parts, list) else shown(parts)
+            raise ConvertError(f"config.json: mrope_section {said}; expected three numbers, for height, width and time")
+        h, w, t = (as_whole(part, "mrope_section", 1, half) for part in parts)
+        s = Sections(t=t, h=h, w=w)
     elif c.values.get("freq_allocation") is not None:
-        t = c.values["freq_allocation"]
+        t = whole(c.values, "freq_allocation", low=1, high=half)
         s = Sections(t=t, h=(half - t) // 2, w=half - t - (half - t) // 2)
     else:
         raise ConvertError(
@@ -129,26 +131,32 @@ def rope_factors(s: Sections, freq_base: float) -> np.ndarray:
     return (step ** np.arange(k.size, dtype=np.float64) * float(freq_base) ** (2.0 * k / n)).astype(np.float32)
 
 
-def _pair(value: Any, what: str) -> tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2:
-            raise ConvertError(f"config.json: {what} is {list(value)}; expected one number or two, for text and vision")
-        return value[0], value[1]
-    return value, value
+def _pair(value: Any, what: str, low: int, high: int) -> tuple[int, int]:
+    """One whole number, or two, for text and vision. Raises: ConvertError."""
+    both = value if isinstance(value, list) else [value, value]
+    if len(both) != 2:
+        raise ConvertError(
+            f"config.json: {what} is a list of {len(both)}; expected one number or two, for text and vision"
+        )
+    return as_whole(both[0], what, low, high), as_whole(both[1], what, low, high)
 
 
 def banks(c: TextConfig) -> tuple[Bank, Bank]:
     """Text and vision experts. Raises ConvertError when their numbers differ."""
-    n_text, n_vision = _pair(need(c.values, "moe_num_experts", "num_experts"), "moe_num_experts")
+    said = need(c.values, "moe_num_experts", "num_experts")
+    n_text, n_vision = _pair(said, "moe_num_experts", 1, ernie4_5_moe.N_EXPERT_MAX)
     if n_text != n_vision:
         raise ConvertError(
             f"config.json: {n_text} text experts and {n_vision} vision experts; only equal numbers are supported"
         )
+    n = ernie4_5_moe.n_experts(c, n_text, "moe_num_experts")
     widths = need(c.values, "moe_intermediate_size")
-    if not isinstance(widths, (list, tuple)):
-        raise ConvertError(f"config.json: moe_intermediate_size is {widths}; expected two numbers, for text and vision")
-    f_text, f_vision = _pair(widths, "moe_intermediate_size")
-    return Bank(n_text, f_text, 0, "text_moe."), Bank(n_text, f_vision, n_text, "vision_moe.", "_vl")
+    if not isinstance(widths, list):
+        raise ConvertError(
+            f"config.json: moe_intermediate_size is {shown(widths)}; expected two numbers, for text and vision"
+        )
+    f_text, f_vision = _pair(widths, "moe_intermediate_size", 1, SIZE_MAX)
+    return Bank(n, f_text, 0, "text_moe."), Bank(n, f_vision, n, "vision_moe.", "_vl")
 
 
 def sparse_layers(c: TextConfig) -> list[bool]:
@@ -156,9 +164,10 @@ def sparse_layers(c: TextConfig) -> list[bool]:
     v = c.values
     if v.get("mlp_layer_types") is not None:
         return ernie4_5_moe.sparse_layers(c)
-    starts = _pair(need(v, "moe_layer_start_index"), "moe_layer_start_index")
-    said = _pair(v.get("moe_layer_end_index", -1), "moe_layer_end_index")
-    ends = [c.n_layer - 1 if end in (-1, None) else min(end, c.n_layer - 1) for end in said]
+    starts = _pair(need(v, "moe_layer_start_index"), "moe_layer_start_index", 0, SIZE_MAX)
+    end = v.get("moe_layer_end_index")
+    said = _pair(-1 if end is None else end, "moe_layer_end_index", -1, SIZE_MAX)
+    ends = [c.n_layer - 1 if end == -1 else min(end, c.n_layer - 1) for end in said]
     if starts[0] != starts[1] or ends[0] != ends[1]:
         raise ConvertError(
             f"config.json: text experts in layers {starts[0]}..{ends[0]}, vision experts in {starts[1]}..{ends[1]}; "
@@ -199,7 +208,10 @@ def text_model(
     """Keys and tensors of the text GGUF."""
     c = ernie4_5.text_config(checkpoint.config)
     s, both, n_dense = sections(c), banks(c), ernie4_5_moe.leading_dense(sparse_layers(c))
-    n_shared = c.values.get("moe_num_shared_experts") or 0
+    n_shared = ernie4_5_moe.n_shared_experts(c) or 0
+    ernie4_5.check_layers(pool, c)
+    fused = f"model.layers.{n_dense}.mlp.{both[0].memory}experts.gate_up_proj" in pool
+    ernie4_5_moe.check_experts(pool, 2 * both[0].n_expert, fused)
     keys = [
         *ernie4_5.text_keys(ARCH, c, wanted),
         *ernie4_5.head_size_keys(ARCH, c),
@@ -235,65 +247,90 @@ def text_model(
 
 
 def _vision_sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    v = need(config, "vision_config")
+    need(config, "vision_config")
+    v, where = section(config, "vision_config"), "config.json: vision_config"
     merge = config.get("spatial_conv_size") or need(v, "spatial_merge_size")
     temporal = config.get("temporal_conv_size") or need(v, "temporal_merge_size")
     if merge != 2 or temporal != 2:
-        raise ConvertError(f"config.json: spatial merge {merge}, temporal merge {temporal}; only 2 and 2 are supported")
-    if config.get("use_temporal_conv") is False:
+        raise ConvertError(
+            f"config.json: spatial merge {shown(merge)}, temporal merge {shown(temporal)}; only 2 and 2 are supported"
+        )
+    if flag(config, "use_temporal_conv") is False:
         raise ConvertError(
             "config.json: use_temporal_conv is false; a resampler without its temporal stage is not supported"
         )
     if v.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise ConvertError(f"config.json: vision hidden_act {v['hidden_act']!r}; expected 'quick_gelu'")
+        raise ConvertError(f"config.json: vision hidden_act {shown(v['hidden_act'])}; expected 'quick_gelu'")
     patch = need(v, "patch_size")
-    if isinstance(patch, (list, tuple)):
-        if len(set(patch)) != 1:
-            raise ConvertError(f"config.json: patch_size {list(patch)}; only square patches are supported")
+    if isinstance(patch, list):
+        if not patch or any(side != patch[0] for side in patch):
+            raise ConvertError(f"config.json: patch_size is {shown(patch)}; only square patches are supported")
         patch = patch[0]
-    width = v.get("embed_dim") or need(v, "hidden_size")
+    width = whole({"hidden_size": v.get("embed_dim") or v.get("hidden_size")}, "hidden_size", low=1, high=SIZE_MAX,
+                  where=where)  # fmt: skip
+    n_head = whole(v, "num_heads", "num_attention_heads", low=1, high=width, where=where)
+    if width % (4 * n_head):
+        raise ConvertError(f"{where}: hidden_size {width} in {n_head} heads; expected heads of a multiple of 4")
+    n_ff = int(width * number(v, "mlp_ratio", low=0, high=1024, default=0, where=where))
     return {
-        "depth": need(v, "depth", "num_hidden_layers"),
+        "depth": whole(v, "depth", "num_hidden_layers", low=1, high=N_LAYER_MAX, where=where),
         "width": width,
-        "n_head": need(v, "num_heads", "num_attention_heads"),
-        "n_ff": int(v.get("intermediate_size") or width * need(v, "mlp_ratio")),
-        "channels": v.get("in_channels") or 3,
-        "patch": patch,
-        "merge": merge,
+        "n_head": n_head,
+        "n_ff": whole(v, "intermediate_size", low=1, high=SIZE_MAX, default=n_ff or None, where=where),
+        "channels": whole(v, "in_channels", low=1, high=64, default=3, where=where),
+        "patch": as_whole(patch, "patch_size", 1, 1024, where),
+        "merge": 2,
     }
 
 
-def _limits(processor: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+def _limits(processor: Mapping[str, Any], low: int, high: int, where: str) -> tuple[int, int]:
     """Smallest and largest number of pixels that a processor's configuration allows, or these."""
-    size = processor.get("size") or {}
-    return (
-        size.get("shortest_edge") or processor.get("min_pixels") or low,
-        size.get("longest_edge") or processor.get("max_pixels") or high,
-    )
+    size = section(processor, "size", where)
+    said = {
+        "shortest_edge": size.get("shortest_edge") or processor.get("min_pixels"),
+        "longest_edge": size.get("longest_edge") or processor.get("max_pixels"),
+    }
+    least = whole(said, "shortest_edge", low=1, high=2**31 - 1, default=low, where=where)
+    most = whole(said, "longest_edge", low=1, high=2**31 - 1, default=max(high, least), where=where)
+    if least > most:
+        raise ConvertError(f"{where}: at least {least} and at most {most} pixels; expected the first to be the smaller")
+    return least, most
+
+
+def _three(processor: Mapping[str, Any], name: str, default: Sequence[float], low: float, where: str) -> list[float]:
+    """A value for each of red, green and blue. Raises: ConvertError."""
+    values = default if processor.get(name) is None else processor[name]
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise ConvertError(f"{where}: {name} is {shown(values)}; expected three numbers")
+    return [float(number({name: value}, name, low=low, high=1e6, where=where)) for value in values]
+
+
+def _processor(checkpoint: Checkpoint, file: str, part: str) -> tuple[dict[str, Any], str]:
+    """What is said of pictures or videos, and in which file: a file of its own, or a part of processor_config.json."""
+    found, inner = checkpoint.json(file), section(checkpoint.json(_PROCESSOR), part, _PROCESSOR)
+    return {**found, **inner}, f"{_PROCESSOR}: {part}" if inner else file
 
 
 def _image_keys(checkpoint: Checkpoint) -> list[Key]:
     """Limits and normalisation from the processor's configuration, in Baidu's or transformers' form."""
-    found = checkpoint.json("preprocessor_config.json")
-    found = {**found, **checkpoint.json("processor_config.json").get("image_processor", {})}
+    found, where = _processor(checkpoint, "preprocessor_config.json", "image_processor")
     if not found:
         log.info("no preprocessor_config.json: the limits and the normalisation of the released models are taken")
-    low, high = _limits(found, MIN_PIXELS, MAX_PIXELS)
+    low, high = _limits(found, MIN_PIXELS, MAX_PIXELS, where)
     side = math.isqrt(high) // 28 * 28
     return [
         Key("clip.vision.image_size", "u32", side),
         Key("clip.vision.image_min_pixels", "u32", low),
         Key("clip.vision.image_max_pixels", "u32", high),
-        Key("clip.vision.image_mean", "list", [float(x) for x in found.get("image_mean") or IMAGE_MEAN]),
-        Key("clip.vision.image_std", "list", [float(x) for x in found.get("image_std") or IMAGE_STD]),
+        Key("clip.vision.image_mean", "list", _three(found, "image_mean", IMAGE_MEAN, -1e6, where)),
+        Key("clip.vision.image_std", "list", _three(found, "image_std", IMAGE_STD, 1e-6, where)),
     ]
 
 
 def _video_keys(checkpoint: Checkpoint) -> list[Key]:
     """Limits of a video's frames; that they are there says that the model takes videos."""
-    found = checkpoint.json("video_preprocessor_config.json")
-    found = {**found, **checkpoint.json("processor_config.json").get("video_processor", {})}
-    low, high = _limits(found, VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS)
+    found, where = _processor(checkpoint, "video_preprocessor_config.json", "video_processor")
+    low, high = _limits(found, VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS, where)
     return [Key("clip.vision.video_min_pixels", "u32", low), Key("clip.vision.video_max_pixels", "u32", high)]
 
 
@@ -308,6 +345,8 @@ def _marker_rows(
     out: list[OutTensor] = []
     for name, text, key in _MARKERS:
         token, said = vocabulary.find(text), checkpoint.config.get(key)
+        if said is not None:
+            as_whole(said, key, 0, c.n_vocab - 1)
         if not vocabulary.tokens:  # a dry run without a tokenizer: any row is as long
             token = said = 0
         if token is None and said is not None:

@@ -10,7 +10,8 @@ from types import ModuleType
 
 from pyllamaernie.convert import ernie4_5, ernie4_5_moe, ernie4_5_vl_moe
 from pyllamaernie.convert.checkpoint import Checkpoint
-from pyllamaernie.convert.tokenizer import MODEL_FILES, Vocabulary, read_vocabulary
+from pyllamaernie.convert.json_file import shown
+from pyllamaernie.convert.tokenizer import VOCABULARY_FILES, Vocabulary, read_vocabulary
 from pyllamaernie.errors import ConvertError
 
 log = logging.getLogger("pyllamaernie.convert")
@@ -28,9 +29,9 @@ _STORED_TYPES = {"BF16": "bf16", "F16": "f16"}
 def family_of(checkpoint: Checkpoint) -> ModuleType:
     """The family of config.json's model_type. Raises: ConvertError for one that is not known."""
     kind = checkpoint.config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConvertError(
-            f"{checkpoint.folder / 'config.json'}: model_type {kind!r}; supported are {', '.join(FAMILIES)}"
+            f"{checkpoint.folder / 'config.json'}: model_type {shown(kind)}; supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[kind]
 
@@ -52,12 +53,11 @@ def vocabulary_of(checkpoint: Checkpoint, *, dry_run: bool = False) -> tuple[Voc
     missing = []
     if not checkpoint.has_weights:
         missing.append(f"shapes from config.json, names from {'the index' if checkpoint.names else 'it too'}")
-    if dry_run and not any((checkpoint.folder / name).is_file() for name in MODEL_FILES):
+    if dry_run and not any((checkpoint.folder / name).is_file() for name in VOCABULARY_FILES):
         missing.append("no tokenizer to check")
         vocabulary = Vocabulary([], [], [], [])
     else:
-        config = {**checkpoint.config, **(checkpoint.config.get("text_config") or {})}
-        vocabulary = read_vocabulary(checkpoint, ernie4_5.need(config, "vocab_size"))
+        vocabulary = read_vocabulary(checkpoint, ernie4_5.vocabulary_size(checkpoint))
         if all(key.name != "tokenizer.chat_template" for key in vocabulary.keys):
             log.warning(
                 "%s: no chat template in tokenizer_config.json, chat_template.jinja or chat_template.json, as in base "

@@ -10,22 +10,28 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from pyllamaernie.convert import ernie4_5, ernie4_5_mtp
 from pyllamaernie.convert.checkpoint import Checkpoint
+from pyllamaernie.convert.json_file import number, text, whole
+from pyllamaernie.convert.plan import FLOATS, check_finite
 from pyllamaernie.convert.progress import Progress, cancellable
 from pyllamaernie.convert.tokenizer import Vocabulary
 from pyllamaernie.errors import ConvertError, DiskSpaceError
-from pyllamaernie.gguf.file import Key, OutTensor, TensorType, file_bytes, general_keys, write_gguf
+from pyllamaernie.files import check_output, hidden_file
+from pyllamaernie.gguf.file import SAMPLING, Key, OutTensor, TensorType, file_bytes, general_keys, write_gguf
 
 log = logging.getLogger("pyllamaernie.convert")
 
 TYPES = {"f32": TensorType.F32, "f16": TensorType.F16, "bf16": TensorType.BF16, "q8_0": TensorType.Q8_0}
+_GENERATION = "generation_config.json"
 _SPARE_BYTES = 64 * 2**20  # header (the vocabulary is a few MB) and a reserve
 
 
@@ -51,10 +57,10 @@ def mtp_path(model: Path) -> Path:
 
 
 def known_type(name: str) -> str:
-    """The name of a type, checked. Raises: ConvertError for one that is not in TYPES."""
-    if name not in TYPES:
+    """The name of a type in lower case; it may be given in either. Raises: ConvertError for one not in TYPES."""
+    if name.lower() not in TYPES:
         raise ConvertError(f"type {name!r}; expected auto, {', '.join(TYPES)}")
-    return name
+    return name.lower()
 
 
 def plan_files(
@@ -93,8 +99,30 @@ def _file(
     checkpoint: Checkpoint, kind: str, path: Path, arch: str, keys: list[Key], tensors: list[OutTensor]
 ) -> OutFile:
     file_kind = "mmproj" if kind == "mmproj" else "model"
-    general = general_keys(checkpoint.folder, _counts(tensors), file_kind=file_kind)
+    general = general_keys(
+        checkpoint.folder,
+        _counts(tensors),
+        file_kind=file_kind,
+        model_id=text(checkpoint.config, "_name_or_path"),
+        sampling=_sampling(checkpoint),
+    )
     return OutFile(kind, path, arch, [*general, *keys], tensors)
+
+
+def _sampling(checkpoint: Checkpoint) -> dict[str, int | float | str]:
+    """What generation_config.json says of sampling, checked. Raises: ConvertError."""
+    said = checkpoint.json(_GENERATION)
+    out: dict[str, int | float | str] = {}
+    for key, (_, kind) in SAMPLING.items():
+        if said.get(key) is None:
+            continue
+        if kind == "str":
+            out[key] = text(said, key, _GENERATION) or ""
+        elif kind == "i32":
+            out[key] = whole(said, key, low=-1, high=2**31 - 1, where=_GENERATION)
+        else:
+            out[key] = number(said, key, low=-1e6, high=1e6, where=_GENERATION)
+    return out
 
 
 def _counts(tensors: Sequence[OutTensor]) -> tuple[int, int, int, int]:
@@ -117,34 +145,44 @@ def check_target(files: Sequence[OutFile], overwrite: bool) -> None:
     Raises: ConvertError, DiskSpaceError.
     """
     folder = files[0].path.absolute().parent
-    if not folder.is_dir():
-        raise ConvertError(f"{folder}: no such folder to write to")
-    there = [str(file.path) for file in files if file.path.exists()]
-    if there and not overwrite:
-        raise ConvertError(f"{' and '.join(there)}: already there; pass --overwrite to replace")
+    for file in files:
+        check_output(file.path, overwrite, ending=".gguf")
     wanted, free = sum(file_bytes(file.tensors) for file in files) + _SPARE_BYTES, shutil.disk_usage(folder).free
     if wanted > free:
         raise DiskSpaceError(f"{folder}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
 def write_files(files: Sequence[OutFile], progress: Progress) -> None:
-    """Writes under temporary names and renames at the end; whatever happens before that, nothing stays.
+    """Writes under hidden names and renames at the end; whatever happens before that, nothing stays.
 
-    Raises: ConvertError; CancelledError when `progress` says so.
+    Raises: ConvertError, also for a value that is not finite; CancelledError when `progress` says so.
     """
-    temporary = [file.path.with_name(f".{file.path.name}.{os.getpid()}.partial") for file in files]
     with ExitStack() as stack:
-        for path in temporary:
-            stack.callback(path.unlink, missing_ok=True)
         progress.start(sum(t.n_bytes for file in files for t in file.tensors), "B", "convert")
         stack.callback(progress.close)
         try:
-            for file, path in zip(files, temporary, strict=True):
-                write_gguf(path, file.arch, file.keys, file.tensors, cancellable(progress))
+            hidden = [stack.enter_context(hidden_file(file.path)) for file in files]
+            for file, path in zip(files, hidden, strict=True):
+                write_gguf(path, file.arch, file.keys, list(map(_finite, file.tensors)), cancellable(progress))
+            # the text model last: where it is, the others are too
+            for file, path in reversed(list(zip(files, hidden, strict=True))):
+                os.replace(path, file.path)
         except OSError as error:
             if isinstance(error, ConvertError):
                 raise
             raise ConvertError(f"{files[0].path.parent}: cannot be written ({error})") from error
-        # the text model last: where it is, the others are too
-        for file, path in reversed(list(zip(files, temporary, strict=True))):
-            os.replace(path, file.path)
+
+
+def _finite(tensor: OutTensor) -> OutTensor:
+    """The tensor, whose values are looked at as they pass. Those in blocks were, before they were encoded."""
+    if tensor.type not in FLOATS:
+        return tensor
+
+    def blocks() -> Iterator[np.ndarray]:
+        at = 0
+        for block in tensor.blocks():
+            check_finite(tensor.name, tensor.shape, tensor.type, block, at)
+            at += block.size
+            yield block
+
+    return replace(tensor, blocks=blocks)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,12 @@ log = logging.getLogger("pyllamaernie.convert")
 
 _BLOCK_BYTES = 16 * 2**20  # of float32; several copies of a block live while it is encoded
 _RAW = {"F32": TensorType.F32, "F16": TensorType.F16, "BF16": TensorType.BF16}
+# how the bits of a value are read, and its exponent when it is infinite or NaN
+FLOATS: dict[TensorType, tuple[type[np.unsignedinteger[Any]], int]] = {
+    TensorType.F32: (np.uint32, 0x7F800000),
+    TensorType.F16: (np.uint16, 0x7C00),
+    TensorType.BF16: (np.uint16, 0x7F80),
+}
 _ALWAYS_F32 = ("ffn_gate_inp.weight", "ffn_gate_inp_vl.weight", "rope_freqs.weight")
 
 
@@ -82,6 +89,10 @@ class Pool:
             del self._tensors[name]
             self._left.discard(name)
         return found
+
+    def numbers(self, pattern: re.Pattern[str]) -> frozenset[int] | None:
+        """Which numbers the first group has in the names that match, such as those of layers; None if nobody knows."""
+        return frozenset(int(found[1]) for found in map(pattern.match, self._tensors) if found)
 
     def take(self, name: str, shape: tuple[int, ...], dtypes: Sequence[str] = FLOAT_TYPES) -> Rows | None:
         """All rows of a tensor that must have this shape; None, and an entry for `finish`, when it is not so."""
@@ -145,6 +156,9 @@ class ImpliedPool(Pool):
     def __contains__(self, name: str) -> bool:
         return self._optional(name) if self._known is None else name in self._known
 
+    def numbers(self, pattern: re.Pattern[str]) -> frozenset[int] | None:
+        return None if self._known is None else super().numbers(pattern)
+
     def drop(self, pattern: re.Pattern[str]) -> list[str]:
         before = self._optional
         self._optional = lambda name: before(name) and not pattern.search(name)
@@ -183,14 +197,34 @@ def out_tensor(name: str, pieces: Sequence[Rows | None], shape: tuple[int, ...],
     raw = next((stored for stored, t in _RAW.items() if t == kind), None)
 
     def blocks() -> Iterator[np.ndarray]:
+        at = 0
         for piece in pieces:
             if piece is None:
                 raise AssertionError(f"{name}: written although a part of it is missing")
             for block in piece.blocks(raw):
                 same = piece.tensor.dtype == raw
+                if not same and kind not in FLOATS:
+                    check_finite(name, shape, kind, block, at)
+                at += block.size
                 yield block if same else _encode(name, block.reshape(-1, shape[-1]) if len(shape) > 1 else block, kind)
 
     return OutTensor(name, shape, kind, blocks)
+
+
+def check_finite(name: str, shape: tuple[int, ...], kind: TensorType, block: np.ndarray, first: int) -> None:
+    """Raises ConvertError naming the first value of a block that is NaN or infinite.
+
+    `first`: which value of the tensor the block begins with. Blocks of a quantized type are looked at
+    as the float32 that they are made of.
+    """
+    word, exponent = FLOATS.get(kind, FLOATS[TensorType.F32])
+    bits = np.bitwise_and(block.view(word), np.iinfo(word).max >> 1)  # without the sign
+    if bits.size == 0 or bits.max() < exponent:
+        return
+    at = int(np.argmax(bits.ravel() >= exponent))
+    index = [int(i) for i in np.unravel_index(first + at, shape)]
+    what = "infinite" if bits.ravel()[at] == exponent else "not a number"
+    raise ConvertError(f"{name}: the value at {index} is {what}; a network cannot compute with it, download it again")
 
 
 def computed_tensor(name: str, data: np.ndarray) -> OutTensor:

@@ -44,7 +44,7 @@ def hf_model(
     """
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint)
-    chosen = own_type(checkpoint) if type == "auto" else known_type(type)
+    chosen = own_type(checkpoint) if type.lower() == "auto" else known_type(type)
     vocabulary, _ = vocabulary_of(checkpoint)
     files = plan_files(checkpoint, family, vocabulary, output, chosen, (mmproj_type or "f16") * mmproj, mtp)
     text, *beside = files

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from pyllamaernie.convert.checkpoint import StoredTensor, read_config, read_tensors
-from pyllamaernie.convert.ernie4_5 import TextConfig, canonical_name
-from pyllamaernie.convert.ernie4_5_moe import Bank, sparse_layers
+from pyllamaernie.convert.ernie4_5 import N_LAYER_MAX, TextConfig, canonical_name
+from pyllamaernie.convert.ernie4_5_moe import Bank, check_experts, sparse_layers
+from pyllamaernie.convert.json_file import section, shown, whole
 from pyllamaernie.convert.plan import Pool
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError
 from pyllamaernie.gguf.file import Key, OutTensor, TensorType
@@ -31,7 +32,7 @@ DOCUMENTED = "documented"
 
 _BYTES, _BITS16, _FLOAT = ("I8", "U8"), ("BF16", "U16"), ("F32",)  # Paddle's numpy has bfloat16 as uint16
 _SUPER = ("super_scales", "super_scale")  # the loader's spelling, the format note's
-_EXPERT = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.")
+_EXPERT = re.compile(r"^model\.layers\.(\d{1,6})\.mlp\.experts\.")
 _ONLY_2BIT = re.compile(r"\.(code_scale|code_zp|super_scales?)$")
 _OUT = re.compile(r"^blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight$")
 _SAME = (
@@ -158,18 +159,19 @@ def find(folder: Path, *, need_weights: bool = True) -> TwoBitFolder | None:
     where = folder / "config.json"
     if said["quantization"] != "wint2":
         raise ConvertError(
-            f"{where}: quantization {said['quantization']!r}; of Baidu's quantized releases only 'wint2' can be "
+            f"{where}: quantization {shown(said['quantization'])}; of Baidu's quantized releases only 'wint2' can be "
             f"converted, use {original_name(folder)} instead"
         )
-    blocks = said.get("moe_quant_config") or {}
-    w4, w2 = blocks.get("moe_w4_quant_config") or {}, blocks.get("moe_w2_quant_config") or {}
+    blocks = section(said, "moe_quant_config", str(where))
+    w4, w2 = (section(blocks, f"moe_w{n}_quant_config", str(where)) for n in (4, 2))
     for key, known in (("quant_type", "wint2"), ("quant_granularity", "pp_acc"), ("quant_group_size", 64)):
         if w2.get(key, known) != known:
-            raise ConvertError(f"{where}: moe_w2_quant_config has {key} {w2[key]!r}; only {known!r} is known")
-    w4_end = w4.get("quant_end_layer", 6)  # the loader's default
-    if w2.get("quant_start_layer", w4_end + 1) != w4_end + 1:
+            raise ConvertError(f"{where}: moe_w2_quant_config has {key} {shown(w2[key])}; only {known!r} is known")
+    w4_end = whole(w4, "quant_end_layer", low=-1, high=N_LAYER_MAX, default=6, where=str(where))  # the loader's default
+    w2_start = whole(w2, "quant_start_layer", low=0, high=N_LAYER_MAX + 1, default=w4_end + 1, where=str(where))
+    if w2_start != w4_end + 1:
         raise ConvertError(
-            f"{where}: 4 bits end with layer {w4_end} but 2 bits begin with layer {w2['quant_start_layer']}; "
+            f"{where}: 4 bits end with layer {w4_end} but 2 bits begin with layer {w2_start}; "
             "expected the layer after it"
         )
     ranks = sorted((p for p in folder.glob("rank*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
@@ -179,8 +181,8 @@ def find(folder: Path, *, need_weights: bool = True) -> TwoBitFolder | None:
         raise MissingFileError(f"{folder}: has {', '.join(p.name for p in ranks)}; expected rank0 and on, without gaps")
     folders = tuple(ranks) or (folder,)
     parts = [read_tensors(part, need_weights=need_weights)[0] for part in folders]
-    whole = tuple(part for part in parts if part is not None)
-    return TwoBitFolder(folder, config, w4_end, whole if len(whole) == len(parts) else None, folders)
+    complete = tuple(part for part in parts if part is not None)
+    return TwoBitFolder(folder, config, w4_end, complete if len(complete) == len(parts) else None, folders)
 
 
 def original_name(folder: Path) -> str:
@@ -197,7 +199,7 @@ def check_same_model(two_bit: TwoBitFolder, original: Mapping[str, Any], folder:
         ours, theirs = two_bit.config.get(key), original.get(key)
         if ours is not None and theirs is not None and ours != theirs:
             raise ConvertError(
-                f"{folder}: {key} is {theirs}, in {two_bit.folder} it is {ours}; "
+                f"{folder}: {key} is {shown(theirs)}, in {two_bit.folder} it is {shown(ours)}; "
                 f"the original of that is {original_name(two_bit.folder)}"
             )
 
@@ -211,13 +213,13 @@ class _Stored:
     super_bf16: StoredTensor
 
     def codes(self) -> Codes:
-        def whole(tensor: StoredTensor, dtype: str) -> np.ndarray:
+        def array(tensor: StoredTensor, dtype: str) -> np.ndarray:
             return tensor.rows(0, tensor.n_rows).view(dtype)
 
         per_channel = [
-            whole(t, d)[0] for t, d in ((self.code_scale, "<f4"), (self.code_zp, "<f4"), (self.super_bf16, "<u2"))
+            array(t, d)[0] for t, d in ((self.code_scale, "<f4"), (self.code_zp, "<f4"), (self.super_bf16, "<u2"))
         ]
-        return Codes(self.q.name, whole(self.q, "u1"), whole(self.local, "u1"), *per_channel)
+        return Codes(self.q.name, array(self.q, "u1"), array(self.local, "u1"), *per_channel)
 
 
 class Experts:
@@ -251,6 +253,7 @@ class Experts:
 
     def _find(self, tensors: Mapping[str, StoredTensor]) -> dict[tuple[int, int, str], _Stored]:
         pool, layers = Pool(_named(tensors, set(self.layers))), self.layers
+        check_experts(pool, self.n_expert, False)
         found = {}
         for il in layers:
             for e in range(self.n_expert):

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyllamaernie import files
 from pyllamaernie.cut import elastic
 from pyllamaernie.cut.keys import depth_keys, describe, set_elastic, set_experts, set_widths
 from pyllamaernie.cut.scores import ExpertStatistics
@@ -116,10 +116,10 @@ def slice_model(
     wanted, free = file_bytes(tensors), shutil.disk_usage(output.absolute().parent).free
     if wanted > free:
         raise DiskSpaceError(f"{output}: {wanted / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
+    with files.hidden_file(output) as hidden:
         rest = [key for name, key in keys.items() if name != "general.architecture"]
-        write_gguf(Path(folder) / output.name, source.arch, rest, tensors)
-        os.replace(Path(folder) / output.name, output)
+        write_gguf(hidden, source.arch, rest, tensors)
+        os.replace(hidden, output)
     is_front = isinstance(experts, int) and n_expert < source.n_expert
     is_cut = len(order) < source.n_layer or is_front or bool(widths) or n_used < source.n_expert_used
     warnings = [
@@ -133,10 +133,7 @@ def slice_model(
 
 def check_output(source: Source, output: Path, overwrite: bool) -> None:
     """Raises: InputError where no file may be written."""
-    if not output.absolute().parent.is_dir():
-        raise InputError(f"{output.parent} is not a folder")
-    if output.exists() and (not overwrite or output.samefile(source.path)):
-        raise InputError(f"{output} exists; choose another name or allow overwriting")
+    files.check_output(output, overwrite, (source.path,), ending=".gguf")
 
 
 def slice_preset(

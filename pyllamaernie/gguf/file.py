@@ -5,12 +5,14 @@ Not a model of GGUF: whatever a converter wants to say is passed through as (key
 
 from __future__ import annotations
 
+import datetime
 import enum
 import io
 import logging
 import math
+import os
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +20,9 @@ from typing import Any, TypeVar
 import gguf
 import numpy as np
 
-from pyllamaernie.errors import TokenizerError
 from pyllamaernie.gguf.types import QUANT_TYPES, QuantType
 
+log = logging.getLogger("pyllamaernie.gguf")
 logging.getLogger("gguf").setLevel(logging.ERROR)
 
 TokenType = gguf.TokenType
@@ -77,6 +79,25 @@ FILE_TYPES = {
 }
 QUANTIZATION_VERSION = gguf.GGML_QUANT_VERSION
 
+# key of generation_config.json -> the package's name for it, and the type it is written in
+SAMPLING = {
+    "sequence": ("sampling_sequence", "str"),
+    "top_k": ("sampling_top_k", "i32"),
+    "top_p": ("sampling_top_p", "f32"),
+    "min_p": ("sampling_min_p", "f32"),
+    "xtc_probability": ("sampling_xtc_probability", "f32"),
+    "xtc_threshold": ("sampling_xtc_threshold", "f32"),
+    "temperature": ("sampling_temp", "f32"),
+    "penalty_last_n": ("sampling_penalty_last_n", "i32"),
+    "penalty_repeat": ("sampling_penalty_repeat", "f32"),
+    "mirostat": ("sampling_mirostat", "i32"),
+    "mirostat_tau": ("sampling_mirostat_tau", "f32"),
+    "mirostat_eta": ("sampling_mirostat_eta", "f32"),
+}
+
+_CARD_BYTES, _README_BYTES, _CARD_ITEMS = 64 * 2**10, 16 * 2**20, 1000
+_CARD_LISTS = ("license", "tags", "pipeline_tag", "language", "languages")
+_CARD_OBJECTS = ("base_model", "base_models", "base_model_sources", "dataset", "datasets", "dataset_sources")
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _KINDS: dict[str, Callable[..., None]] = {
     "str": gguf.GGUFWriter.add_string,
@@ -178,14 +199,31 @@ def write_gguf(
         writer.close()
 
 
-def general_keys(folder: Path, counts: tuple[int, int, int, int], *, file_kind: str) -> list[Key]:
+def general_keys(
+    folder: Path,
+    counts: tuple[int, int, int, int],
+    *,
+    file_kind: str,
+    model_id: str | None = None,
+    sampling: Mapping[str, int | float | str] | None = None,
+) -> list[Key]:
     """The `general.*` keys that upstream's converter derives from the folder's name, its config and its model card.
 
     `counts`: parameters in all, shared, in one expert, and the number of experts. `file_kind`: model or mmproj.
+    `model_id`: `_name_or_path` of config.json. `sampling`: the values of generation_config.json that are of SAMPLING,
+    checked. A model card that cannot be used is left out with a warning, since no model depends on it.
     """
-    metadata = gguf.Metadata.load(None, folder, None, counts[0])
+    named = Path(os.fsencode(folder.name).decode("utf-8", "replace"))
+    params = {} if model_id is None else {"_name_or_path": model_id}
+    try:
+        metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), _card(folder), params, named, counts[0])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        log.warning("%s: no name can be made of README.md, config.json and the folder's own (%s)", folder, error)
+        metadata = gguf.Metadata()
+    for key, value in (sampling or {}).items():
+        setattr(metadata, SAMPLING[key][0], value)
     if metadata.name is None:
-        metadata.name = folder.name
+        metadata.name = named.name
     if metadata.size_label is None and counts[0] > 0:
         metadata.size_label = gguf.size_label(*counts)
     writer = gguf.GGUFWriter(path=None, arch="none")
@@ -194,21 +232,66 @@ def general_keys(folder: Path, counts: tuple[int, int, int, int], *, file_kind: 
     return _collected(writer)
 
 
-def special_token_keys(folder: Path, n_vocab: int) -> list[Key]:
-    """Special token ids, add_bos/add_eos and the chat template, read as upstream's converter reads them."""
+def _card(folder: Path) -> dict[str, Any]:
+    """What the head of README.md says, as far as it is text: upstream's writer takes nothing else."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        head = file.read(_CARD_BYTES)
+    lines = [line.rstrip(b"\r") for line in head.split(b"\n")]
+    if lines[0] != b"---":
+        return {}
+    if path.stat().st_size > _README_BYTES or b"---" not in lines[1:]:
+        log.warning("%s: left out, its head is not closed within %d bytes or the file is too large", path, _CARD_BYTES)
+        return {}
     try:
-        vocab = gguf.SpecialVocab(folder, n_vocab=n_vocab)
-    except ValueError as error:
-        raise TokenizerError(
-            f"{folder}: {error}; correct the special tokens in tokenizer_config.json or config.json"
-        ) from error
-    writer = gguf.GGUFWriter(path=None, arch="none")
-    vocab.add_to_gguf(writer, quiet=True)
-    return _collected(writer)
+        card = gguf.Metadata.load_model_card(folder)
+    except Exception as error:  # YAML of any kind, and a reader that promises no exception in particular
+        log.warning("%s: left out, its head cannot be read (%s)", path, type(error).__name__)
+        return {}
+    out = {}
+    for key, value in card.items():
+        kept = _card_value(value, str(key))
+        if kept is not None:
+            out[key] = kept
+        elif value is not None and value != []:
+            log.warning("%s: %s is left out, expected text", path, ascii(key)[:80])
+    return out
+
+
+def _card_value(value: Any, key: str) -> Any:
+    """What upstream's writer can take: text, and for some keys a list of texts or of objects of them; else None."""
+    if isinstance(value, list) and key in (*_CARD_LISTS, *_CARD_OBJECTS) and 0 < len(value) <= _CARD_ITEMS:
+        items = [_card_item(item) if key in _CARD_OBJECTS else _card_text(item) for item in value]
+        return None if None in items else items
+    return _card_text(value)
+
+
+def _card_item(value: Any) -> Any:
+    if not isinstance(value, dict) or len(value) > _CARD_ITEMS:
+        return _card_text(value)
+    items = {key: _card_text(item) for key, item in value.items() if isinstance(key, str)}
+    return None if None in items.values() else items
+
+
+def _card_text(value: Any) -> str | None:
+    """Texts; numbers and dates, which YAML makes of texts that look like them, as text again."""
+    if isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool):
+        value = str(value)
+    return value if isinstance(value, str) and _is_utf8(value) else None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return len(text.encode("utf-8")) <= _CARD_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _collected(writer: gguf.GGUFWriter) -> list[Key]:
     names = {
+        gguf.GGUFValueType.INT32: "i32",
         gguf.GGUFValueType.STRING: "str",
         gguf.GGUFValueType.BOOL: "bool",
         gguf.GGUFValueType.UINT32: "u32",

@@ -47,6 +47,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             f"{path} is a folder; a GGUF file is needed (`pyllamaernie convert {path} -o OUT.gguf` makes one)"
         )
     try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CorruptModelError(f"{str(path)!a}: llama.cpp opens files by names in UTF-8; rename it") from None
+    if path.exists() and not path.is_file():
+        raise CorruptModelError(f"{path} is a pipe or device; a regular file is needed")
+    try:
         with open(path, "rb") as file:
             magic = file.read(4)
         size = path.stat().st_size

@@ -26,6 +26,7 @@ from pyllamaernie.llama.chat import Chat
 from pyllamaernie.llama.completion import Completion
 from pyllamaernie.llama.keywords import refuse_unknown
 from pyllamaernie.llama.options import check_counts, embedded_model, engine_options
+from pyllamaernie.llama.pretrained import pretrained_files
 from pyllamaernie.llama.reasoning import Thinking
 
 _open_models: weakref.WeakSet[Llama] = weakref.WeakSet()
@@ -99,6 +100,30 @@ class Llama(Chat, Completion):
         self._has_template = bool(options.template)
         self._thinking = Thinking(str(options.template), self.header.arch)
         self._open(options.args, rpc_servers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None = None,
+        additional_files: Sequence[str] | None = None,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Llama:
+        """A model of a hub: `org/name`, `org/name:TYPE`, or `org/name` and the file that `filename` (a glob) fits.
+
+        What is not on this disk is fetched (`local_dir`: under its own name into that folder; `cache_dir`: into
+        another cache), all parts of a split file and the mmproj with it; a Hugging Face folder is converted and kept.
+        `additional_files` are globs of more files to fetch. `local_dir_use_symlinks` has no effect, as in
+        huggingface_hub. `options` are those of `Llama`.
+        Raises: OfflineError, HubError, DiskSpaceError, ConvertError; what `Llama` raises.
+        """
+        model, mmproj = pretrained_files(repo_id, filename, additional_files or (), local_dir, cache_dir)
+        if mmproj is not None:
+            options.setdefault("mmproj", mmproj)
+        return cls(model, **options)
 
     def _find_files(self, model_path: str | os.PathLike[str] | None, mmproj: str | os.PathLike[str] | None) -> None:
         self.header = read_header(embedded_model() if model_path is None else model_path)

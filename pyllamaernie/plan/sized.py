@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 
 from pyllamaernie.convert.source import HfModel, write_beside
 from pyllamaernie.errors import PyllamaernieError
-from pyllamaernie.files import write_text
+from pyllamaernie.files import hidden_folder, write_text
 from pyllamaernie.machine import installed
 from pyllamaernie.plan.budget import Rule
 from pyllamaernie.plan.model_plan import ModelPlan
@@ -59,11 +58,11 @@ def runnable(source: ModelSource, folder: HfModel | None, output: Path) -> Itera
         return
     from pyllamaernie.quant.writer import write_quantized
 
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as home:
-        path = Path(home) / f"{folder.source.path.resolve().name}.gguf"  # reports name the model by it
+    with hidden_folder(output) as home:
+        path = home / f"{folder.source.path.resolve().name}.gguf"  # reports name the model by it
         log.info("%s: a 16-bit GGUF is made for measuring, and removed afterwards", folder.source.path)
         write_quantized(source, {}, path, resume=False)
-        moved = tuple(replace(file, path=Path(home) / file.path.name) for file in folder.beside)
+        moved = tuple(replace(file, path=home / file.path.name) for file in folder.beside)
         for made in write_beside(replace(folder, beside=moved), overwrite=True):
             if made.name.startswith("mmproj-"):
                 os.replace(made, path.with_name(f"mmproj-{path.name}"))

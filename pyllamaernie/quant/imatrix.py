@@ -12,12 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyllamaernie import files
 from pyllamaernie.compare.samples import read_text
 from pyllamaernie.errors import InputError, PyllamaernieError, UnsupportedInputError
 
@@ -98,10 +98,7 @@ def compute_imatrix(
     from pyllamaernie.media.image import Image
 
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise InputError(f"{output} exists; choose another name or allow overwriting")
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent} is not a folder")
+    files.check_output(output, overwrite)
     if text is None and not pictures:
         raise InputError("nothing to run: give a text, pictures, or both")
     words = None if text is None else read_text(Path(text))
@@ -204,9 +201,9 @@ def write_imatrix(path: Path, entries: Sequence[Statistics], datasets: list[str]
         parts = {f"experts.{key}": sums.astype(np.float32) for key, sums in sorted(entry.experts.items())}
         all_parts = {"in_sum2": entry.sums, "counts": counts, **parts}
         tensors += [tensor(f"{entry.name}.{suffix}", data) for suffix, data in all_parts.items()]
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        write_gguf(Path(folder) / path.name, "imatrix", keys, tensors)
-        os.replace(Path(folder) / path.name, path)
+    with files.hidden_file(path) as hidden:
+        write_gguf(hidden, "imatrix", keys, tensors)
+        os.replace(hidden, path)
 
 
 def report(result: ImatrixResult) -> list[str]:

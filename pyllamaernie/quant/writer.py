@@ -22,7 +22,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pyllamaernie.errors import CancelledError, CorruptModelError, DiskSpaceError, InputError, QuantizeError
+from pyllamaernie import files
+from pyllamaernie.errors import CancelledError, CorruptModelError, DiskSpaceError, QuantizeError
 from pyllamaernie.gguf.file import Key
 from pyllamaernie.quant import native
 from pyllamaernie.quant.importance import Importance
@@ -145,13 +146,7 @@ def run_job(
 
 def check_output(output: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     """Raises InputError when the output's name cannot be used."""
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise InputError(f"{output} exists; choose another name or allow overwriting (--overwrite)")
-    if output.exists() and any(output.samefile(path) for path in inputs):
-        raise InputError(f"{output} is what is read; choose another name")
+    files.check_output(output, overwrite, inputs)
 
 
 def _reserve(job: Job, is_resumed: bool) -> None:

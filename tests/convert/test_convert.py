@@ -178,7 +178,7 @@ def test_the_default_name_says_folder_and_type(folders, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("there", ["x.gguf", "mmproj-x.gguf"])
 def test_an_existing_output_is_kept_without_overwrite(there: str, folders, tmp_path: Path) -> None:
     (tmp_path / there).write_text("mine")
-    with pytest.raises(ConvertError, match=f"{there}: already there; pass --overwrite"):
+    with pytest.raises(ConvertError, match=f"{there} exists; choose another name or allow overwriting .--overwrite"):
         convert(folders["vl"], tmp_path / "x.gguf")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(there, "mine")]
     convert(folders["vl"], tmp_path / "x.gguf", overwrite=True)

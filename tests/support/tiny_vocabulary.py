@@ -134,13 +134,18 @@ def _blob(field: int, value: bytes) -> bytes:
     return _varint(field << 3 | 2) + _varint(len(value)) + value
 
 
-def sentencepiece_model(model_type: int = BPE) -> bytes:
-    """The serialized ModelProto. Field numbers: sentencepiece's sentencepiece_model.proto."""
+def sentencepiece_model(
+    model_type: int = BPE, *, rows: tuple[tuple[str, float, int], ...] | None = None, prefix: bool = False
+) -> bytes:
+    """The serialized ModelProto, of other pieces if given. Field numbers: sentencepiece's sentencepiece_model.proto."""
+    rows = pieces() if rows is None else rows
     out = b"".join(
         _blob(1, _blob(1, text.encode()) + _varint(2 << 3 | 5) + struct.pack("<f", score) + _number(3, kind))
-        for text, score, kind in pieces()
+        for text, score, kind in rows
     )
-    trainer = _number(3, model_type) + _number(4, N_PIECES) + _number(35, 1)  # byte_fallback
+    trainer = _number(3, model_type) + _number(4, len(rows)) + _number(35, 1)  # byte_fallback
     trainer += _number(40, 0) + _number(41, 1) + _number(42, 2) + _number(43, 2**64 - 1)  # unk, bos, eos, pad = -1
-    normalizer = _blob(1, b"identity") + _number(3, 0) + _number(4, 0) + _number(5, 1)  # prefix, whitespace, escape
+    normalizer = (
+        _blob(1, b"identity") + _number(3, prefix) + _number(4, 0) + _number(5, 1)
+    )  # prefix, whitespace, escape
     return out + _blob(2, trainer) + _blob(3, normalizer)
