@@ -1,4 +1,4 @@
-"""Files by name and size: sizes as people write them, and texts that appear only when they are whole."""
+"""Files by name and size: sizes as people write them, and outputs that appear only when they are whole."""
 
 from __future__ import annotations
 
