@@ -52,11 +52,6 @@ def is_package(module: str) -> bool:
     return module.count(".") > 1 or MODULES[module].name == "__init__.py"
 
 
-def room_of(module: str) -> str:
-    """The room of a module; of one in the root its own name."""
-    return imports.room(module)
-
-
 def library() -> Iterator[tuple[str, Path]]:
     for module, path in MODULES.items():
         if imports.room(module) != "cli" and module not in COMMANDS:
@@ -77,12 +72,12 @@ def test_the_table_itself_has_no_cycle_and_nothing_imports_cli() -> None:
 def test_every_arrow_is_in_the_table() -> None:
     wrong = []
     for module in MODULES:
-        here = room_of(module)
+        here = imports.room(module)
         if module in (imports.PACKAGE, "pyllamaernie.__main__"):
             continue  # the public names, each loaded when used; and the command
         may = ALLOWED.get(here, {"errors", "machine", "_core"}) | {here}
         for found in imports.imports_of(module):
-            there = room_of(found.imported)
+            there = imports.room(found.imported)
             if there not in may and found.imported != imports.PACKAGE:
                 wrong.append(f"{module}:{found.line} imports {found.imported}; {here} may import {sorted(may)}")
     assert not wrong, "\n".join(wrong)
@@ -92,7 +87,7 @@ def test_the_table_promises_no_arrow_that_nobody_needs() -> None:
     used: dict[str, set[str]] = {room: set() for room in ALLOWED}
     for module in MODULES:
         for found in imports.imports_of(module):
-            used.get(room_of(module), set()).add(room_of(found.imported))
+            used.get(imports.room(module), set()).add(imports.room(found.imported))
     unused = {room: sorted(names - used[room] - {room}) for room, names in ALLOWED.items() if room != "cli"}
     assert not any(unused.values()), unused
 
@@ -106,13 +101,13 @@ def test_no_private_name_crosses_rooms() -> None:
         f"{module}:{found.line} imports {found.name} of {found.imported}"
         for module in MODULES
         for found in imports.imports_of(module)
-        if found.is_private and room_of(found.imported) != room_of(module)
+        if found.is_private and imports.room(found.imported) != imports.room(module)
     ]
     for module, path in MODULES.items():
         others = {
             found.imported.rpartition(".")[2]
             for found in imports.imports_of(module)
-            if found.name is None and room_of(found.imported) != room_of(module)
+            if found.name is None and imports.room(found.imported) != imports.room(module)
         }
         for node in ast.walk(imports.tree(path)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in others:

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from pyllamaernie.cut.slice import SliceResult
 
 
-def bad_usage(verb: str, text: str) -> int:
-    """One line on stderr; the exit code."""
-    print(f"pyllamaernie {verb}: {text}", file=sys.stderr)
-    return EXIT_USAGE
-
-
 def say(verb: str, text: str) -> None:
     """One line on stderr."""
     print(f"pyllamaernie {verb}: {text}", file=sys.stderr, flush=True)
 
 
 def warn(verb: str, text: str) -> None:
-    print(f"pyllamaernie {verb}: warning: {text}", file=sys.stderr)
+    say(verb, f"warning: {text}")
+
+
+def bad_usage(verb: str, text: str) -> int:
+    """One line on stderr; the exit code."""
+    say(verb, text)
+    return EXIT_USAGE
 
 
 def show_cut(verb: str, result: SliceResult) -> None:

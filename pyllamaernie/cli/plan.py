@@ -23,7 +23,7 @@ from pyllamaernie.cli.options import (
     wrong_prompts,
 )
 from pyllamaernie.errors import InputError
-from pyllamaernie.files import parse_size, write_text
+from pyllamaernie.files import check_output, parse_size, write_text
 from pyllamaernie.hub.choice import UNQUANTIZED
 
 EPILOG = """examples:
@@ -86,8 +86,7 @@ def run(args: argparse.Namespace) -> int:
     stem = output.name.removesuffix(".json").removesuffix(".plan")
     recipe, report = (output.with_name(stem + ending) for ending in (".recipe.txt", ".plan.md"))
     for path in (output, recipe, *(() if args.no_report else (report,))):
-        if path.exists() and not args.overwrite:
-            raise InputError(f"{path} exists; choose another name or allow overwriting (--overwrite)")
+        check_output(path, args.overwrite)
     size_bytes = None if args.size is None else parse_size(args.size)
     pictures = asked_pictures(args)
 

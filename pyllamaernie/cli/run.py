@@ -17,8 +17,6 @@ from pyllamaernie.errors import EXIT_INTERRUPTED, MediaError, PyllamaernieError
 if TYPE_CHECKING:
     from pyllamaernie.llama.llama import Llama
 
-TEMPERATURE = 0.2
-
 EPILOG = """examples:
   pyllamaernie run --image examples/shapes.png "What is in the picture?"
   pyllamaernie run -m ernie-vl.gguf --image a.jpg --image b.jpg "Which picture is brighter?"
@@ -67,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature",
         type=float,
         metavar="T",
-        help=f"0 is greedy (default: 0 for the embedded model, else {TEMPERATURE})",
+        help="0 is greedy (default: 0 for the embedded model, else 0.2)",
     )
     sampling.add_argument("--seed", type=int, metavar="N", help="seed of the sampler")
     output = parser.add_argument_group("output")
@@ -110,15 +108,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    temperature = args.temperature
-    if temperature is None:  # the embedded model has one right answer to each of its questions
-        temperature = 0.0 if args.model is None else TEMPERATURE
-    return {
-        "enable_thinking": args.think,
-        "max_tokens": args.max_tokens,
-        "seed": args.seed,
-        "temperature": temperature,
-    }
+    options: dict[str, Any] = {"enable_thinking": args.think, "max_tokens": args.max_tokens, "seed": args.seed}
+    if args.temperature is not None:
+        options["temperature"] = args.temperature
+    elif args.model is None:
+        options["temperature"] = 0.0  # the embedded model has one right answer to each of its questions
+    return options
 
 
 def _system(args: argparse.Namespace) -> list[dict[str, Any]]:

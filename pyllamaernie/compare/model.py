@@ -17,7 +17,7 @@ from pyllamaernie import _core, log
 from pyllamaernie.compare.table import N_ANSWER
 from pyllamaernie.errors import DecodeError, InputError, PyllamaernieError, UnsupportedInputError
 from pyllamaernie.gguf.header import Header
-from pyllamaernie.gguf.projector import ERNIE_PROJECTOR
+from pyllamaernie.gguf.projector import is_ernie_projector
 from pyllamaernie.llama.llama import Llama
 from pyllamaernie.llama.markers import find_markers
 from pyllamaernie.media.image import Image
@@ -60,7 +60,7 @@ class Model:
             )
             self._marker = next((m for m in find_markers(self.llm.engine) if m.kind == "image"), None)
             projector = self.llm.projector
-            self._is_ernie = projector is not None and projector.metadata.get("clip.projector_type") == ERNIE_PROJECTOR
+            self._is_ernie = projector is not None and is_ernie_projector(projector)
             if projector is not None:
                 threads, gpu = options["n_threads"], bool(_core.gpu_devices(False))
                 self._call(self.session.load_projector, os.fspath(projector.path), threads, gpu)

@@ -10,7 +10,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,11 +86,14 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     has_weights: bool = True
     names: frozenset[str] | None = None
+    _read: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder, {} when there is none. Raises: MissingFileError, ConvertError."""
-        path = self.folder / name
-        return read_json(path) if os.path.lexists(path) else {}
+        """A JSON file of the folder, {} when there is none; read once. Raises: MissingFileError, ConvertError."""
+        if name not in self._read:
+            path = self.folder / name
+            self._read[name] = read_json(path) if os.path.lexists(path) else {}
+        return self._read[name]
 
 
 def open_checkpoint(folder: Path, *, need_weights: bool = True) -> Checkpoint:

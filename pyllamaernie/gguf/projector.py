@@ -61,3 +61,8 @@ def is_vision_model(model: Header) -> bool:
 
 def _fits(model: Header, mmproj: Header) -> bool:
     return mmproj.is_projector and mmproj.metadata.get("clip.vision.projection_dim") == model.get("embedding_length")
+
+
+def is_ernie_projector(mmproj: Header) -> bool:
+    """Whether a projector is ERNIE 4.5 VL's own, whose START and END are part of the media."""
+    return bool(mmproj.metadata.get("clip.projector_type") == ERNIE_PROJECTOR)

@@ -163,8 +163,9 @@ def remove(name: Name, cache_dir: str | os.PathLike[str] | None = None) -> int:
     for line in found:
         for path in line.paths:
             _unlink(path, place)
-        if line.kind == "converted":
-            shutil.rmtree(line.paths[0].parent if line.paths else place.ours, ignore_errors=True)
+    for folder in place.ours.glob("*/*"):  # what was converted to it
+        if folder.name.upper() == name.type.upper():
+            shutil.rmtree(folder, ignore_errors=True)
     return before - _disk_bytes(place.folder)
 
 

@@ -13,13 +13,15 @@ from typing import Annotated, Any, TypedDict, TypeVar, get_type_hints
 
 from pyllamaernie.errors import InputError
 
+TEMPERATURE = 0.2  # of calls, of `run` and of `serve`; the embedded model is greedy there
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Sampling(TypedDict, total=False):
     """What has the same name here and in the engine."""
 
-    temperature: Annotated[float, 0.2]
+    temperature: Annotated[float, TEMPERATURE]
     top_p: Annotated[float, 0.95]
     top_k: Annotated[int, 40]
     min_p: Annotated[float, 0.05]

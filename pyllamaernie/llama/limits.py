@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyllamaernie.errors import InputError
 from pyllamaernie.gguf.header import Header
-from pyllamaernie.gguf.projector import ERNIE_PROJECTOR
+from pyllamaernie.gguf.projector import is_ernie_projector
 from pyllamaernie.media.frames import FACTOR, resize, smart_resize
 from pyllamaernie.media.image import Image
 
@@ -17,7 +17,7 @@ def video_limits(mmproj: Header) -> tuple[int, int] | None:
 
 def image_limits(mmproj: Header, min_tokens: int | None, max_tokens: int | None) -> tuple[int, int] | None:
     """The same of a picture, by an ERNIE 4.5 VL projector's keys or by numbers of tokens; None for other projectors."""
-    if mmproj.metadata.get("clip.projector_type") != ERNIE_PROJECTOR:
+    if not is_ernie_projector(mmproj):
         return None
     low, high = (int(mmproj.metadata[f"clip.vision.image_{end}_pixels"]) for end in ("min", "max"))
     low, high = (n * FACTOR**2 if n else limit for n, limit in ((min_tokens, low), (max_tokens, high)))

@@ -12,7 +12,7 @@ import numpy as np
 from pyllamaernie import _core, log
 from pyllamaernie.errors import ContextOverflowError, DecodeError, InputError
 from pyllamaernie.gguf.header import Header
-from pyllamaernie.gguf.projector import ERNIE_PROJECTOR
+from pyllamaernie.gguf.projector import is_ernie_projector
 from pyllamaernie.llama.context import N_CTX_MIN, ContextOptions
 from pyllamaernie.llama.limits import video_limits
 from pyllamaernie.llama.markers import find_markers, split_runs
@@ -37,7 +37,7 @@ class Scorer:
         self._has_projector = False
         self.lock = threading.Lock()
         self.markers = find_markers(engine) if projector else ()  # to a text model they are words like others
-        self._is_ernie = projector is not None and projector.metadata.get("clip.projector_type") == ERNIE_PROJECTOR
+        self._is_ernie = projector is not None and is_ernie_projector(projector)
         info = _core.model_info(engine)
         self.n_vocab: int = info["n_vocab"]
         self.n_ctx_train: int = info["n_ctx_train"]

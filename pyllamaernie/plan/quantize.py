@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllamaernie import _core
-from pyllamaernie.compare.samples import ask_pictures
+from pyllamaernie.compare.samples import ask_pictures, read_text
 from pyllamaernie.convert.source import HfModel, check_beside, hf_model, write_beside
 from pyllamaernie.errors import InputError
-from pyllamaernie.files import parse_size, write_text
+from pyllamaernie.files import check_output, parse_size, write_text
 from pyllamaernie.plan.fit import file_budget
 from pyllamaernie.plan.model_plan import planned_types
 from pyllamaernie.plan.rules import parse_rules
@@ -164,7 +164,7 @@ def prepare(
     if options.is_sized:
         choice, importance = _sized(model, source, folder, output, options, say)
     elif options.plan is not None:
-        choice = Choice(planned_types(_read_text(options.plan), source, importance))
+        choice = Choice(planned_types(read_text(Path(options.plan)), source, importance))
     else:
         choice, importance = _chosen(source, folder, output, options, importance)
     job = plan_job(
@@ -206,15 +206,14 @@ def _check_beside(output: Path, options: Options) -> None:
     if options.overwrite or part_path(output).is_file():
         return
     for suffix in (".recipe.txt", *((".plan.json", ".plan.md", ".imatrix.gguf") if options.is_sized else ())):
-        if beside(output, suffix).exists():
-            raise InputError(f"{beside(output, suffix)} exists; choose another name or allow overwriting (--overwrite)")
+        check_output(beside(output, suffix), overwrite=False)
 
 
 def _chosen(
     source: ModelSource, folder: HfModel | None, output: Path, options: Options, importance: Importance | None
 ) -> tuple[Choice, Importance | None]:
     """The types of a preset, a type or a recipe. Importance is measured where a type or given samples ask for it."""
-    recipe = None if options.recipe is None else _read_text(options.recipe)
+    recipe = None if options.recipe is None else read_text(Path(options.recipe))
 
     def choose(imatrix: Path | None) -> Choice:
         return choose_types(
@@ -306,10 +305,3 @@ def _fitting_bytes(model: Path, source: ModelSource, options: Options, say: Call
     if has <= size_bytes:
         raise InputError(f"{model} fits as it is, with {has} bytes of weights; --size makes it smaller all the same")
     return size_bytes
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start}") from None

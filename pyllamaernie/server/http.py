@@ -22,7 +22,6 @@ from pyllamaernie.llama import rpc
 from pyllamaernie.server.address import require_free_port
 
 WEB = Path(__file__).parent / "web"
-TEMPERATURE = 0.2  # as in `run`
 START_S = 600.0
 
 
@@ -45,6 +44,7 @@ def arguments(
     from pyllamaernie.gguf.header import check_text_model, read_header
     from pyllamaernie.gguf.projector import find_projector
     from pyllamaernie.llama.context import default_n_ctx
+    from pyllamaernie.llama.keywords import TEMPERATURE
     from pyllamaernie.llama.options import embedded_model, engine_template
     from pyllamaernie.llama.reasoning import Thinking
     from pyllamaernie.machine import n_cpu

@@ -10,6 +10,7 @@ import checkpoints
 import pytest
 
 from pyllamaernie.convert import convert
+from pyllamaernie.convert.json_file import read_json
 from pyllamaernie.errors import ConvertError, MissingFileError, TensorMappingError
 
 
@@ -67,3 +68,17 @@ def test_an_index_that_names_a_tensor_no_file_has_is_refused(tmp_path: Path) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(TensorMappingError, match=r"do not hold: model\.extra\.weight"):
         convert(folder, tmp_path / "x.gguf")
+
+
+def test_each_json_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoints.write_checkpoint(tmp_path / "d", "vl")
+    parsed: list[str] = []
+
+    def read(path: Path) -> dict[str, object]:
+        parsed.append(path.name)
+        return read_json(path)
+
+    monkeypatch.setattr("pyllamaernie.convert.checkpoint.read_json", read)
+    convert(folder, tmp_path / "x.gguf", dry_run=True)
+    again = {name for name in parsed if parsed.count(name) > 1} - {"config.json"}  # asked first for the kind of folder
+    assert "tokenizer_config.json" in parsed and not again
